@@ -1,0 +1,67 @@
+"""The console script ``nnunet-norm``: finds the command that was asked for and turns refusals into one line.
+
+Each command is a module of :mod:`nnunet_norm.commands` with a docstring (its help), ``add_arguments(parser)`` and
+``run(args)``. Only the module of the command that runs is imported, so that ``nnunet-norm trainers-dir`` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nnunet_norm import __version__
+from nnunet_norm.errors import NnunetNormError
+
+COMMANDS = {
+    "trainers-dir": "print the folder to export as nnUNet_extTrainer",
+    "trainers": "list every trainer name of this package",
+    "plan": "derive a new plans file from an existing one",
+    "predict": "predict with the halo-cropping predictor (the flags of nnUNetv2_predict)",
+    "export": "write a checkpoint that nnUNetv2_train -pretrained_weights takes, whatever the norm",
+    "demo": "train, predict and compare InstanceNorm and BatchRenorm on a brain template, on the CPU",
+}
+"""Every command and its line in ``nnunet-norm -h``."""
+
+USER_ERROR = 2
+"""Exit code of a refusal."""
+
+
+def _module_of(command: str) -> str:
+    return "nnunet_norm.commands." + command.replace("-", "_")
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for ``argv``; the arguments of a command are added only if it is the one named."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet-norm", description="Normalization without seams for nnU-Net.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(command, help=summary, description=summary, allow_abbrev=False)
+        # After the command too, where people look for it; SUPPRESS keeps the value given before the command.
+        subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if command in argv:
+            module = importlib.import_module(_module_of(command))
+            subparser.description = module.__doc__
+            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it ended well, 2 after a refusal that stands on stderr in one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
+    try:
+        importlib.import_module(_module_of(args.command)).run(args)
+    except NnunetNormError as error:
+        if args.debug:
+            raise
+        print(f"nnunet-norm {args.command}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"nnunet-norm {args.command}: interrupted; finished work is kept", file=sys.stderr)
+        return 130
+    return 0

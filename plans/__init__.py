@@ -1,0 +1,1 @@
+"""Named recipes over :mod:`nnunet_norm.planning`."""

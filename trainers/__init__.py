@@ -1,0 +1,1 @@
+"""The trainers that nnU-Net finds by name (see ``nnunet_norm_trainers.py``)."""
