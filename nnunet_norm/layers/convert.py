@@ -1,0 +1,129 @@
+"""Exchange the norms of a network that already exists."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from nnunet_norm.errors import LayerError
+from nnunet_norm.layers.batch_renorm import BatchRenorm2d, BatchRenorm3d
+from nnunet_norm.layers.group_norm import GroupNorm
+from nnunet_norm.layers.instance_norm import TrackedInstanceNorm2d, TrackedInstanceNorm3d
+
+NormFactory = Callable[..., nn.Module]
+"""Called as ``factory(num_features, **kwargs)``."""
+
+NORMS: Mapping[str, Mapping[int, NormFactory]] = MappingProxyType(
+    {
+        "batch_renorm": {2: BatchRenorm2d, 3: BatchRenorm3d},
+        "batch_norm": {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
+        "group_norm": {1: GroupNorm, 2: GroupNorm, 3: GroupNorm},
+        "instance_norm": {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
+        "instance_norm_tracked": {2: TrackedInstanceNorm2d, 3: TrackedInstanceNorm3d},
+        "none": {
+            1: lambda *_, **__: nn.Identity(),
+            2: lambda *_, **__: nn.Identity(),
+            3: lambda *_, **__: nn.Identity(),
+        },
+    }
+)
+"""The norms that :func:`convert_norm` knows by name, by number of spatial axes."""
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def find_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Every norm over channels in ``module``, each once, under the first of its names.
+
+    BatchNorm, InstanceNorm, GroupNorm and their relatives, with any number of names (nnU-Net's blocks register a norm twice,
+    and its decoder holds the encoder again). LayerNorm is not meant: it belongs to transformer tokens, not to feature maps.
+    """
+    return {name: m for name, m in module.named_modules() if isinstance(m, (_NormBase, nn.GroupNorm))}
+
+
+def convert_norm(module: nn.Module, norm: str | NormFactory, **kwargs: Any) -> nn.Module:
+    """Exchange every norm of ``module``, in place.
+
+    Names and aliases stay: a norm that stands in several places is replaced by one norm in all of them. ``weight`` and
+    ``bias`` stay the same Parameter objects, and running statistics the same tensors, where both norms have them. ``eps``,
+    ``affine``, device, dtype and training flag are taken over. Train and eval mode are those of the new norm.
+
+    Args:
+        module: Any module; a norm itself too.
+        norm: A name of :data:`NORMS`, or a callable ``factory(num_features, eps=..., affine=..., **kwargs)``.
+        **kwargs: For the constructor of the new norms (``momentum``, ``r_max``, ``group_size``, ...).
+
+    Returns:
+        ``module``, or the new norm if ``module`` was one.
+
+    Raises:
+        LayerError: For a name that does not exist, a norm that is not initialized yet, or a number of spatial axes that
+            the new norm does not have or that cannot be told.
+    """
+    if isinstance(norm, str) and norm not in NORMS:
+        raise LayerError(f"norm={norm!r}: choose from {', '.join(NORMS)}")
+    # All new norms are built before the first one is exchanged: an error leaves the module as it was.
+    replaced = {
+        id(old): _successor(old, _factory(norm, name, old, module), kwargs) for name, old in find_norms(module).items()
+    }
+    if id(module) in replaced:
+        return replaced[id(module)]
+    for parent in module.modules():
+        for name, child in parent._modules.items():
+            if id(child) in replaced:
+                parent._modules[name] = replaced[id(child)]
+    return module
+
+
+def _factory(norm: str | NormFactory, name: str, old: nn.Module, root: nn.Module) -> NormFactory:
+    if isinstance(old, LazyModuleMixin):
+        raise LayerError(f"norm {name!r} is a {type(old).__name__} without a number of channels: run one batch first")
+    if not isinstance(norm, str):
+        return norm
+    ndim = _spatial_axes(name, old, root)
+    if ndim not in NORMS[norm]:
+        raise LayerError(f"norm={norm!r} exists for {sorted(NORMS[norm])} spatial axes, and {name!r} has {ndim}")
+    return NORMS[norm][ndim]
+
+
+def _spatial_axes(name: str, old: nn.Module, root: nn.Module) -> int:
+    """From the class (``BatchNorm3d``); for GroupNorm and SyncBatchNorm, which fit all, from the convolutions around it."""
+    for ndim in (1, 2, 3):
+        if any(base.__name__.endswith(f"{ndim}d") for base in type(old).__mro__):
+            return ndim
+    around = {len(m.kernel_size) for m in root.modules() if isinstance(m, _ConvNd)}
+    if len(around) != 1:
+        raise LayerError(f"the number of spatial axes of norm {name!r} ({type(old).__name__}) cannot be told")
+    return around.pop()
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What a norm says of itself, under one name for all classes."""
+
+    channels: int
+    affine: bool
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> "_Features":
+        channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+        return cls(int(channels), bool(norm.affine))  # type: ignore[arg-type]
+
+
+def _successor(old: nn.Module, factory: NormFactory, kwargs: Mapping[str, Any]) -> nn.Module:
+    features = _Features.of(old)
+    new = factory(features.channels, **{"eps": old.eps, "affine": features.affine, **kwargs})
+    like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
+    if like is not None:
+        new = new.to(device=like.device, dtype=like.dtype)
+    for name in _TENSORS:
+        mine, theirs = getattr(new, name, None), getattr(old, name, None)
+        if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            setattr(new, name, theirs)
+    return new.train(old.training)
