@@ -1,0 +1,184 @@
+"""The block ``"nnunet_norm"`` of a configuration: what a training needs and stock plans cannot hold.
+
+nnU-Net keeps unknown keys of a configuration and ignores them, so the block travels with the plans into every results
+folder. All entries are optional; one that is absent leaves nnU-Net's own value, or this package's default, as it is::
+
+    "3d_fullres": {
+        ...,
+        "nnunet_norm": {
+            "num_iterations_per_epoch": 100,
+            "seed": 1,
+            "batch_renorm": {"r_max": 2.0}
+        }
+    }
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
+
+from nnunet_norm.errors import PlansError
+
+BLOCK = "nnunet_norm"
+"""The key of the block in a configuration."""
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's legacy generator, which nnU-Net's augmentation uses, takes 32 bits."""
+
+
+def _refuse(key: str, value: object, wanted: str) -> PlansError:
+    return PlansError(f"plans: {BLOCK}.{key} is {value!r}; it must be {wanted}")
+
+
+def _require_integer(key: str, value: object, smallest: int, largest: int | None = None) -> None:
+    """Refuse whatever is no whole number of the range (True is an int in Python, and a mistake here)."""
+    wanted = f"a whole number of at least {smallest}" + ("" if largest is None else f" and at most {largest}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _refuse(key, value, wanted)
+    if value < smallest or (largest is not None and value > largest):
+        raise _refuse(key, value, wanted)
+
+
+def _require_number(key: str, value: object, wanted: str) -> float:
+    """The value as a finite float, or a refusal."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _refuse(key, value, wanted)
+    return float(value)
+
+
+def _require_known(prefix: str, block: Mapping[str, Any], known: list[str]) -> None:
+    for key in block:
+        if key not in known:
+            raise PlansError(f"plans: {prefix}.{key} is not a setting; valid ones are {', '.join(known)}")
+
+
+def _require_mapping(key: str, block: object) -> None:
+    if not isinstance(block, Mapping):
+        raise PlansError(f"plans: {key} is {block!r}; it must be an object of settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRenormSettings:
+    """How the limits of BatchRenorm open during a training.
+
+    Training begins as plain BatchNorm (r_max = 1, d_max = 0) for the share ``warmup`` of all planned iterations; over the
+    share ``ramp`` after it the limits grow gradually to ``r_max`` and ``d_max``, and stay there.
+
+    Attributes:
+        momentum: weight of the newest batch in the running statistics, in (0, 1].
+        r_max: final limit of the ratio of standard deviations, at least 1.
+        d_max: final limit of the shift in standard deviations, at least 0.
+        warmup: share of all planned iterations with plain BatchNorm.
+        ramp: share of all planned iterations over which the limits grow; warmup + ramp is at most 1.
+
+    Raises:
+        PlansError: a value of the wrong type or out of range.
+
+    References:
+        Ioffe 2017, arXiv:1702.03275, section 4.1, for the end points 3 and 5 and the gradual growth.
+    """
+
+    momentum: float = 0.01
+    r_max: float = 3.0
+    d_max: float = 5.0
+    warmup: float = 0.4
+    ramp: float = 0.3
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "momentum": ("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+            "r_max": ("a finite number of at least 1", lambda value: value >= 1),
+            "d_max": ("a finite number of at least 0", lambda value: value >= 0),
+            "warmup": ("a share from 0 to 1", lambda value: 0 <= value <= 1),
+            "ramp": ("a share from 0 to 1", lambda value: 0 <= value <= 1),
+        }
+        for key, (words, holds) in wanted.items():
+            value = _require_number(f"batch_renorm.{key}", getattr(self, key), words)
+            if not holds(value):
+                raise _refuse(f"batch_renorm.{key}", getattr(self, key), words)
+            object.__setattr__(self, key, value)
+        # The tolerance lets shares such as 0.7 + 0.3, whose float sum may exceed 1, be what they mean.
+        if self.warmup + self.ramp > 1 + 1e-9:
+            shares = f"{self.warmup} + {self.ramp}"
+            raise PlansError(f"plans: {BLOCK}.batch_renorm: warmup + ramp is {shares}; together they are at most 1")
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any]) -> Self:
+        """Read the entry ``"batch_renorm"``; what is absent has its default."""
+        _require_mapping(f"{BLOCK}.batch_renorm", block)
+        _require_known(f"{BLOCK}.batch_renorm", block, [item.name for item in fields(cls)])
+        return cls(**block)
+
+    def to_block(self) -> dict[str, float]:
+        """Only what differs from the defaults."""
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSettings:
+    """What a configuration says beyond stock plans; None leaves the trainer's own value.
+
+    Attributes:
+        num_iterations_per_epoch: optimizer steps per epoch (nnU-Net: 250).
+        num_val_iterations_per_epoch: validation batches per epoch (nnU-Net: 50).
+        initial_lr: learning rate at the start (nnU-Net: 0.01).
+        seed: of weights, sampling and augmentation; None leaves runs unseeded, as nnU-Net does.
+        disparity_batches: validation batches on which train/eval disparity is measured.
+        batch_renorm: the schedule of BatchRenorm.
+
+    Raises:
+        PlansError: a value of the wrong type or out of range.
+    """
+
+    num_iterations_per_epoch: int | None = None
+    num_val_iterations_per_epoch: int | None = None
+    initial_lr: float | None = None
+    seed: int | None = None
+    disparity_batches: int | None = None
+    batch_renorm: BatchRenormSettings = field(default_factory=BatchRenormSettings)
+
+    def __post_init__(self) -> None:
+        for key in ("num_iterations_per_epoch", "num_val_iterations_per_epoch", "disparity_batches"):
+            if getattr(self, key) is not None:
+                _require_integer(key, getattr(self, key), 1)
+        if self.seed is not None:
+            _require_integer("seed", self.seed, 0, LARGEST_SEED)
+        if self.initial_lr is not None:
+            wanted = "a finite number above 0"
+            value = _require_number("initial_lr", self.initial_lr, wanted)
+            if value <= 0:
+                raise _refuse("initial_lr", self.initial_lr, wanted)
+            object.__setattr__(self, "initial_lr", value)
+
+    @classmethod
+    def from_configuration(cls, configuration: Mapping[str, Any]) -> Self:
+        """Read the block of a configuration, as ``ConfigurationManager.configuration`` holds it (inheritance resolved).
+
+        Raises:
+            PlansError: a key that is no setting, or a value of the wrong type or out of range.
+        """
+        block = configuration.get(BLOCK, {})
+        _require_mapping(BLOCK, block)
+        if "num_epochs" in block:
+            raise PlansError(
+                f"plans: {BLOCK}.num_epochs is {block['num_epochs']!r}, but the number of epochs has its home in the "
+                "trainer's name, e.g. -tr nnUNetTrainerBRN_250epochs"
+            )
+        _require_known(BLOCK, block, [item.name for item in fields(cls)])
+        values = dict(block)
+        if "batch_renorm" in values:
+            values["batch_renorm"] = BatchRenormSettings.from_block(values["batch_renorm"])
+        return cls(**values)
+
+    def to_block(self) -> dict[str, Any]:
+        """Only what is set; ``from_configuration({"nnunet_norm": settings.to_block()})`` gives the settings back."""
+        block = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.default is not MISSING and getattr(self, item.name) is not None
+        }
+        batch_renorm = self.batch_renorm.to_block()
+        return {**block, "batch_renorm": batch_renorm} if batch_renorm else block

@@ -1,0 +1,264 @@
+"""The base of all trainers of this package."""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_norm.errors import PlansError
+from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d, convert_norm, find_norms
+from nnunet_norm.receptive_field.trace import unwrapped
+from nnunet_norm.settings import NormSettings
+from nnunet_norm.training import progress
+from nnunet_norm.training.contradictions import named_norm, refuse_contradiction
+from nnunet_norm.training.disparity import (
+    Disparity,
+    DisparityCounts,
+    default_disparity_batches,
+    measure_disparity,
+)
+from nnunet_norm.training.initial_statistics import InitialStatistics
+from nnunet_norm.training.validation import halo_validation
+
+LARGE_DISPARITY = 0.1
+"""Mean train/eval disparity from which on the log warns: the modes disagree on more than a tenth of what they predict."""
+
+_REMEDIES = {
+    "batch_norm": "train with a larger batch, or with nnUNetTrainerBRN",
+    "instance_norm_tracked": "train with nnUNetTrainerBRN, whose train mode comes to agree with its eval mode",
+    "batch_renorm": "give the training more iterations, or the ramp a larger share of them (nnunet_norm.batch_renorm)",
+}
+
+
+class NormTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with another norm, and with measurements of what the norm does.
+
+    Subclasses name the norm; nothing else. The network is built as the plans say and then has its norms exchanged, so any
+    architecture works, weights are initialized as ever, and the plans saved with the model stay as they were. What stock
+    plans cannot hold is read from the configuration's ``"nnunet_norm"`` block (:mod:`nnunet_norm.settings`).
+
+    * Every validation epoch measures train/eval disparity on some batches and logs it.
+    * Running statistics do not remember their initial values, however short the training is.
+    * BatchRenorm's limits open by shares of the planned iterations.
+    * The final validation predicts with the halo predictor and writes ``validation/norm_report.json``.
+
+    Raises:
+        PlansError: If the plans contradict the trainer's name, or their block is not valid; before anything is written.
+    """
+
+    norm: ClassVar[str | None] = None
+    """A name of :data:`nnunet_norm.layers.NORMS`; None for the norm that the plans name."""
+
+    epochs: ClassVar[int | None] = None
+    """Number of epochs if the trainer's name says so."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature, which it reads back
+    ) -> None:
+        resolved = PlansManager(plans).get_configuration(configuration).configuration
+        refuse_contradiction(resolved, self.norm, type(self).__name__)
+        settings = NormSettings.from_configuration(resolved)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = settings
+        if self.epochs is not None:
+            self.num_epochs = self.epochs
+        for name in ("num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
+            if (value := getattr(settings, name)) is not None:
+                setattr(self, name, value)
+        self.disparity_batches = settings.disparity_batches or default_disparity_batches(
+            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
+        )
+        self.logger.local_logger = progress.NormLogger()
+        self._initial_statistics: InitialStatistics | None = None
+        self._disparity_counts = DisparityCounts()
+        self._was_large = False
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the network of the plans and exchange its norms; called in training and in inference.
+
+        Raises:
+            PlansError: If the trainer names a norm and the network has none to exchange.
+        """
+        network = super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        configuration = configuration_manager.configuration
+        architecture = configuration["architecture"]["arch_kwargs"]
+        if cls.norm is None or ("norm_op" in architecture and named_norm(architecture) == cls.norm != "batch_renorm"):
+            return network
+        if not find_norms(network):
+            name = configuration_manager.network_arch_class_name
+            raise PlansError(f"plans: {name} as configured has no norms that {cls.__name__} could exchange")
+        kwargs = {}
+        if cls.norm == "batch_renorm":
+            settings = NormSettings.from_configuration(configuration).batch_renorm
+            kwargs = {"momentum": settings.momentum, "r_max": settings.r_max, "d_max": settings.d_max}
+        return convert_norm(network, cls.norm, **kwargs)
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network itself, without DDP and torch.compile."""
+        return unwrapped(self.network)
+
+    @property
+    def renorms(self) -> list[BatchRenorm2d | BatchRenorm3d]:
+        """The network's BatchRenorm layers, each once."""
+        return [layer for layer in self.bare_network.modules() if isinstance(layer, (BatchRenorm2d, BatchRenorm3d))]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of nnU-Net's own steps: half on CUDA, single elsewhere."""
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
+
+    def initialize(self) -> None:
+        """Build everything, then tell BatchRenorm how many steps are planned."""
+        self._seed(0)
+        super().initialize()
+        keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
+        self.logger.local_logger.register(keys, self.current_epoch)
+        self._plan_schedule()
+
+    def _seed(self, step: int) -> None:
+        """Seed weights and sampling, anew every epoch so that a continued training draws what an uninterrupted one does.
+
+        Workers of the augmentation run in no fixed order: only without them (``nnUNet_n_proc_DA=0``) a run repeats exactly.
+        """
+        if self.settings.seed is None:
+            return
+        seed = int(np.random.SeedSequence([self.settings.seed, step, self.local_rank]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - nnU-Net's loaders and transforms draw from the global generators
+        torch.manual_seed(seed)
+
+    def _plan_schedule(self) -> None:
+        if not self.renorms:
+            return
+        planned = self.num_epochs * self.num_iterations_per_epoch
+        shares = self.settings.batch_renorm
+        warmup, ramp = round(shares.warmup * planned), round(shares.ramp * planned)
+        for layer in self.renorms:
+            layer.warmup_steps, layer.ramp_steps = warmup, ramp
+        first = self.renorms[0]
+        self.print_to_log_file(
+            f"BatchRenorm: BatchNorm for {warmup} of {planned} iterations, then limits that open over {ramp} to "
+            f"r_max={first.r_max}, d_max={first.d_max}"
+        )
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str) -> None:
+        """Continue, also from a checkpoint in which this package's keys are missing."""
+        super().load_checkpoint(checkpoint)
+        keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
+        self.logger.local_logger.register(keys, self.current_epoch)
+
+    def on_train_start(self) -> None:
+        """Begin the schedule and the running statistics afresh, unless a training is continued."""
+        self._seed(self.current_epoch + 1)
+        super().on_train_start()
+        if self.current_epoch == 0:
+            for layer in self.renorms:
+                assert layer.num_batches_tracked is not None
+                layer.num_batches_tracked.zero_()  # pretrained weights bring the count of another training
+            self._initial_statistics = InitialStatistics.of(self.bare_network)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the epoch and log how far BatchRenorm's limits are open."""
+        self._seed(self.current_epoch + 1)
+        super().on_train_epoch_start()
+        if self.renorms:
+            r_max, d_max = (limit.item() for limit in self.renorms[0].limits())
+            self.print_to_log_file(f"BatchRenorm limits: r_max {r_max:.3f}, d_max {d_max:.3f}")
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Take the initial values out of the running statistics after the first epoch."""
+        super().on_train_epoch_end(train_outputs)
+        if self._initial_statistics is not None:
+            self._initial_statistics.forget(self.num_iterations_per_epoch)
+            self._initial_statistics = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new measurement of disparity."""
+        super().on_validation_epoch_start()
+        self._disparity_counts = DisparityCounts()
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step, and on the first batches the same data with the norms in train mode."""
+        if self._disparity_counts.num_batches < self.disparity_batches:
+            self._disparity_counts += measure_disparity(
+                self.bare_network,
+                batch["data"].to(self.device, non_blocking=True),
+                regions=self.label_manager.has_regions,
+                autocast=self.autocast(),
+            )
+        return super().validation_step(batch)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Log the disparity of all processes together."""
+        super().on_validation_epoch_end(val_outputs)
+        disparity = Disparity.of(sum(self.gathered(self._disparity_counts), DisparityCounts()))
+        self.log_disparity(disparity)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """``value`` of every process."""
+        if not self.is_ddp:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def log_disparity(self, disparity: Disparity) -> None:
+        """Hand the values to nnU-Net's logger, print them, and warn when they are large."""
+        values = {progress.DISPARITY_PER_CLASS: disparity.per_class, progress.DISPARITY: disparity.mean}
+        self.print_to_log_file("Train/eval disparity", [round(value, 4) for value in disparity.per_class])
+        if self.renorms:
+            values[progress.BATCH_STATISTICS] = disparity.batch_statistics_mean
+            values[progress.CLIPPED] = disparity.clipped
+            values[progress.ABS_LOG_R] = disparity.abs_log_r
+            values[progress.ABS_D] = disparity.abs_d
+            self.print_to_log_file(
+                f"BatchRenorm: disparity against plain batch statistics {disparity.batch_statistics_mean:.4f}, "
+                f"clipped channels {disparity.clipped:.1%}, mean |log r| {disparity.abs_log_r:.3f}, "
+                f"mean |d| {disparity.abs_d:.3f}"
+            )
+        for key, value in values.items():
+            self.logger.log(key, value, self.current_epoch)
+        self._warn_when_large(disparity)
+
+    def _warn_when_large(self, disparity: Disparity) -> None:
+        large = disparity.mean > LARGE_DISPARITY
+        if large and not self._was_large:
+            warming_up = bool(self.renorms) and self.renorms[0].limits().d_max.item() < self.renorms[0].d_max
+            remedy = (
+                "it should fall as BatchRenorm's limits open; judge it after the ramp"
+                if warming_up
+                else _REMEDIES.get(self.norm or "", "train with nnUNetTrainerBRN or nnUNetTrainerGN")
+            )
+            self.print_to_log_file(
+                f"WARNING: train/eval disparity is {disparity.mean:.3f}: the network predicts otherwise with its running "
+                f"statistics than it was trained to; {remedy}."
+            )
+        self._was_large = large
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation with the halo predictor; its report stands beside ``summary.json``."""
+        with halo_validation(self):
+            super().perform_actual_validation(save_probabilities)

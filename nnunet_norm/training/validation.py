@@ -1,0 +1,213 @@
+"""The final validation with the halo predictor, and its report on what the norm does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnunet_norm.metrics import PairDifference, TileMismatch, compare_pair, summarize
+from nnunet_norm.prediction import Decision, HaloPredictor, export_prediction_atomically, measure_tile_pairs
+from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
+
+if TYPE_CHECKING:
+    from nnunet_norm.training.trainer import NormTrainer
+
+REPORT = "norm_report.json"
+"""Stands in the validation folder, beside nnU-Net's ``summary.json``."""
+
+MEASURED_CASES = 10
+"""Validation cases of one process on which disparity and tile mismatch are measured; all cases are predicted."""
+
+
+class ValidationPredictor(HaloPredictor):
+    """A halo predictor that measures disparity and tile mismatch on the first cases that it predicts.
+
+    Disparity is measured on batches of the training's batch size, whose tiles come from as many cases; a tile is a patch
+    where the most foreground is predicted, or the middle of the case where there is none.
+    """
+
+    def __init__(self, trainer: NormTrainer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.trainer = trainer
+        self.decisions: list[Decision] = []
+        self.differences: list[PairDifference] = []
+        self.counts = DisparityCounts()
+        self.num_cases = 0
+        self._batch: list[Tensor] = []
+
+    def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
+        """Predict one case and measure on it."""
+        logits = super().predict_sliding_window_return_logits(input_image)
+        assert self.last_decision is not None
+        if self.last_decision not in self.decisions:
+            self.decisions.append(self.last_decision)
+            self.trainer.print_to_log_file(f"Halo predictor: {self.last_decision.describe()}")
+        self.num_cases += 1
+        if self.num_cases <= MEASURED_CASES:
+            regions = self.trainer.label_manager.has_regions
+            self.differences += [compare_pair(a, b, regions=regions) for a, b in measure_tile_pairs(self, input_image)]
+            self._batch.append(self._tile(input_image, logits))
+            if len(self._batch) == self.trainer.configuration_manager.batch_size:
+                self.measure_batch()
+        return logits
+
+    def measure_batch(self) -> None:
+        """Measure disparity on the tiles collected so far."""
+        if not self._batch:
+            return
+        data = torch.stack(self._batch).to(self.device)
+        self._batch = []
+        regions = self.trainer.label_manager.has_regions
+        self.counts += measure_disparity(self.bare_network, data, regions=regions, autocast=self.trainer.autocast())
+
+    def _tile(self, image: Tensor, logits: Tensor) -> Tensor:
+        patch_size = self.configuration_manager.patch_size
+        regions = self.trainer.label_manager.has_regions
+        foreground = (logits > 0 if regions else logits[1:] > logits[:1]).any(0)
+        middle = _densest(foreground) if foreground.any() else [n // 2 for n in image.shape[1:]]
+        if len(patch_size) == 2:
+            image, middle = image[:, middle[0]], middle[1:]
+        starts = [max(min(m - p // 2, n - p), 0) for m, p, n in zip(middle, patch_size, image.shape[1:], strict=True)]
+        tile = image[(slice(None), *[slice(s, s + p) for s, p in zip(starts, patch_size, strict=True)])]
+        missing = [p - n for p, n in zip(patch_size, tile.shape[1:], strict=True)]
+        return torch.nn.functional.pad(tile, [w for m in reversed(missing) for w in (m // 2, m - m // 2)])
+
+
+def _densest(mask: Tensor) -> list[int]:
+    """A voxel in the thick of a mask: the fullest plane, in it the fullest line, in it the middle of what is set."""
+    index: list[int] = []
+    while mask.dim() > 1:
+        index.append(int(mask.flatten(1).sum(1).argmax()))
+        mask = mask[index[-1]]
+    voxels = mask.nonzero().flatten()
+    return [*index, int(voxels[len(voxels) // 2])]
+
+
+@contextmanager
+def halo_validation(trainer: NormTrainer) -> Iterator[None]:
+    """Inside, nnU-Net's validation of ``trainer`` predicts with a halo; on a regular exit the report is written.
+
+    nnU-Net names its predictor and its export as globals of the trainer's module; both have their place back afterwards.
+    """
+    predictors: list[ValidationPredictor] = []
+    module = import_module(nnUNetTrainer.__module__)
+
+    def halo_predictor(**kwargs: Any) -> ValidationPredictor:
+        predictors.append(ValidationPredictor(trainer, **kwargs))
+        return predictors[-1]
+
+    trainer.print_to_log_file(
+        "Validation predicts with nnunet_norm's halo predictor: halo cut away, no Gaussian blending"
+    )
+    with (
+        patch.object(module, "nnUNetPredictor", halo_predictor),
+        patch.object(module, "export_prediction_from_logits", export_prediction_atomically),
+    ):
+        yield
+    report = _gathered_report(trainer, predictors[0])
+    if trainer.local_rank == 0:
+        write_report(Path(trainer.output_folder) / "validation" / REPORT, report)
+        _log(trainer, report)
+
+
+def _gathered_report(trainer: NormTrainer, predictor: ValidationPredictor) -> dict[str, Any]:
+    predictor.measure_batch()
+    parts = trainer.gathered((predictor.counts, predictor.differences, predictor.decisions, predictor.num_cases))
+    counts, differences, decisions, cases = zip(*parts, strict=True)
+    disparity = Disparity.of(sum(counts, DisparityCounts()))
+    mismatch = summarize([difference for part in differences for difference in part])
+    unique = list(dict.fromkeys(decision for part in decisions for decision in part))
+    return report_of(trainer, disparity, mismatch, unique, sum(cases))
+
+
+def report_of(
+    trainer: NormTrainer,
+    disparity: Disparity,
+    mismatch: TileMismatch,
+    decisions: list[Decision],
+    num_cases: int,
+) -> dict[str, Any]:
+    """The report as it is written: None stands for what was not measured or is not there."""
+    manager = trainer.label_manager
+    labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    names = [str(label) for label in labels]
+    report: dict[str, Any] = {
+        "trainer": type(trainer).__name__,
+        "plans": trainer.plans_manager.plans_name,
+        "configuration": trainer.configuration_name,
+        "fold": trainer.fold,
+        "num_cases": num_cases,
+        "predictor": {
+            "name": "nnunet_norm HaloPredictor",
+            "blending": None,
+            "exact": all(decision.exact for decision in decisions),
+            "decisions": [decision.as_dict() for decision in decisions],
+        },
+        "train_eval_disparity": {
+            "per_class": _named(names, disparity.per_class),
+            "mean": _none_for_nan(disparity.mean),
+            "num_batches": disparity.num_batches,
+            "batch_size": trainer.configuration_manager.batch_size,
+        },
+        "tile_mismatch": {
+            "per_class": _named(names, mismatch.per_class),
+            "max_dist": _none_for_nan(mismatch.max_dist),
+            "verdict": mismatch.verdict,
+            "max_logit": mismatch.max_logit,
+            "num_pairs": mismatch.num_pairs,
+        },
+    }
+    if trainer.renorms:
+        report["batch_renorm"] = {
+            "batch_statistics_disparity": _named(names, disparity.batch_statistics),
+            "clipped_channels": _none_for_nan(disparity.clipped),
+            "abs_log_r": _none_for_nan(disparity.abs_log_r),
+            "abs_d": _none_for_nan(disparity.abs_d),
+        }
+    return report
+
+
+def _named(names: list[str], values: Any) -> dict[str, float | None]:
+    return {name: _none_for_nan(value) for name, value in zip_longest(names, values)}
+
+
+def _none_for_nan(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write JSON beside ``path`` and rename it into place."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def _log(trainer: NormTrainer, report: dict[str, Any]) -> None:
+    disparity, mismatch = report["train_eval_disparity"], report["tile_mismatch"]
+    trainer.print_to_log_file(
+        f"Train/eval disparity {_words(disparity['per_class'])} ({disparity['num_batches']} batches)"
+    )
+    trainer.print_to_log_file(
+        f"Tile mismatch {_words(mismatch['per_class'])}, max dist: {mismatch['verdict']} ({mismatch['num_pairs']} pairs)"
+    )
+    trainer.print_to_log_file(
+        "New images are predicted this way by: nnunet-norm predict "
+        f"-d {trainer.plans_manager.dataset_name} -tr {report['trainer']} -p {report['plans']} "
+        f"-c {report['configuration']} -f {report['fold']} -i INPUT_FOLDER -o OUTPUT_FOLDER"
+    )
+
+
+def _words(per_class: dict[str, float | None]) -> str:
+    return ", ".join(f"{name}: {'-' if v is None else format(v, '.4f')}" for name, v in per_class.items()) or "-"

@@ -1,0 +1,53 @@
+"""Every trainer of this package: one class per norm, each with ``_<N>epochs`` behind its name or without.
+
+``export nnUNet_extTrainer="$(nnunet-norm trainers-dir)"`` lets nnU-Net find them. It imports every module of this folder at
+each lookup: nothing but leaf classes belongs here. The names stand in results folders and checkpoints and never change.
+"""
+
+from nnunet_norm.training import NormTrainer, resolve_trainer
+
+
+class nnUNetTrainerBRN(NormTrainer):
+    """BatchRenorm: predicts the same in every tile, and in eval mode what it was trained to predict."""
+
+    norm = "batch_renorm"
+
+
+class nnUNetTrainerGN(NormTrainer):
+    """GroupNorm with 16 channels a group: no running statistics; the statistics are those of the tile."""
+
+    norm = "group_norm"
+
+
+class nnUNetTrainerInstanceNorm(NormTrainer):
+    """InstanceNorm, nnU-Net's own norm, with this package's measurements and predictor: the baseline."""
+
+    norm = "instance_norm"
+
+
+class nnUNetTrainerINTracked(NormTrainer):
+    """InstanceNorm that predicts with running statistics: the same in every tile, at the price of disparity."""
+
+    norm = "instance_norm_tracked"
+
+
+class nnUNetTrainerBatchNorm(NormTrainer):
+    """BatchNorm: the same in every tile; with small batches it predicts otherwise than it was trained to."""
+
+    norm = "batch_norm"
+
+
+class nnUNetTrainerNoNorm(NormTrainer):
+    """No norm at all."""
+
+    norm = "none"
+
+
+class nnUNetTrainerNorm(NormTrainer):
+    """Whatever norm the plans name, with this package's measurements and predictor."""
+
+    norm = None
+
+
+def __getattr__(name: str) -> type[NormTrainer]:
+    return resolve_trainer(name, globals())
