@@ -1,0 +1,39 @@
+"""Running statistics without their initial values: the average of the batches alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_norm.layers import BatchRenorm2d, TrackedInstanceNorm2d
+from nnunet_norm.training.initial_statistics import InitialStatistics
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, TrackedInstanceNorm2d])
+def test_what_is_left_is_the_weighted_mean_of_the_batches(norm, steps):
+    torch.manual_seed(0)
+    layer = norm(2)
+    layer.running_mean.fill_(50)
+    layer.running_var.fill_(9)
+    initial = InitialStatistics.of(layer)
+    batches = [torch.randn(4, 2, 6, 6) * 2 + i for i in range(steps)]
+    for batch in batches:
+        layer(batch)
+    initial.forget(steps)
+    weights = torch.tensor([0.1 * 0.9 ** (steps - 1 - i) for i in range(steps)])
+    means = torch.stack([b.mean((0, 2, 3)) for b in batches])
+    torch.testing.assert_close(layer.running_mean, (weights / weights.sum()) @ means, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_renorm_and_norms_without_running_statistics_are_left_alone():
+    layers = nn.Sequential(BatchRenorm2d(2), nn.InstanceNorm2d(2), nn.GroupNorm(1, 2), nn.BatchNorm2d(2, momentum=None))
+    assert InitialStatistics.of(layers).norms == ()
+
+
+def test_a_shared_norm_is_corrected_once():
+    norm = nn.BatchNorm2d(1)
+    network = nn.Sequential(norm, nn.Sequential(norm))
+    initial = InitialStatistics.of(network)
+    norm(torch.ones(1, 1, 2, 2) * 4)
+    initial.forget(1)
+    assert norm.running_mean.item() == pytest.approx(4)

@@ -1,0 +1,67 @@
+"""Trainer names through nnU-Net's own finder."""
+
+from importlib.resources import files
+
+import pytest
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_norm.errors import TrainerNameError
+from nnunet_norm.training import NormTrainer
+
+NORMS = ("BRN", "GN", "InstanceNorm", "INTracked", "BatchNorm", "NoNorm", "Norm")
+
+
+@pytest.fixture(autouse=True)
+def trainers_folder(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(files("nnunet_norm.trainers")))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_is_found_with_and_without_a_number_of_epochs(norm):
+    """These names stand in results folders and in checkpoints: they never change."""
+    for suffix, epochs in (("", None), ("_1epochs", 1), ("_250epochs", 250)):
+        trainer = recursive_find_trainer_class_by_name(f"nnUNetTrainer{norm}{suffix}")
+        assert trainer.__name__ == f"nnUNetTrainer{norm}{suffix}"
+        assert trainer.epochs == epochs
+        assert issubclass(trainer, NormTrainer)
+
+
+def test_what_each_name_means_never_changes():
+    meaning = {n: recursive_find_trainer_class_by_name(f"nnUNetTrainer{n}").norm for n in NORMS}
+    assert meaning == {
+        "BRN": "batch_renorm",
+        "GN": "group_norm",
+        "InstanceNorm": "instance_norm",
+        "INTracked": "instance_norm_tracked",
+        "BatchNorm": "batch_norm",
+        "NoNorm": "none",
+        "Norm": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "suffix", ["_10epoch", "_0epochs", "_epochs", "_DiceBoundary", "_-3epochs", "_5epochs_5epochs"]
+)
+def test_an_unknown_suffix_is_one_line_that_lists_the_choice(suffix):
+    with pytest.raises(
+        TrainerNameError, match=rf"-tr nnUNetTrainerBRN{suffix}: choose one of nnUNetTrainerBRN, nnUNetTr"
+    ):
+        recursive_find_trainer_class_by_name(f"nnUNetTrainerBRN{suffix}")
+
+
+def test_a_name_that_is_not_ours_is_left_to_nnunet():
+    with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer nnUNetTrainerOther"):
+        recursive_find_trainer_class_by_name("nnUNetTrainerOther")
+
+
+def test_nnunets_own_trainers_are_still_found():
+    assert recursive_find_trainer_class_by_name("nnUNetTrainer_5epochs").__module__.startswith("nnunetv2")
+
+
+def test_another_folder_may_have_a_trainer_whose_name_begins_like_ours(tmp_path, monkeypatch):
+    (tmp_path / "my_trainers.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class nnUNetTrainerBRN_mine(nnUNetTrainer):\n    pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", f"{files('nnunet_norm.trainers')}:{tmp_path}")
+    assert recursive_find_trainer_class_by_name("nnUNetTrainerBRN_mine").__name__ == "nnUNetTrainerBRN_mine"
