@@ -1,0 +1,273 @@
+"""Plans in, new validated plans out.
+
+What changes and where it is kept: batch size, patch size and the architecture in nnU-Net's own keys; iterations, learning
+rate, seed, disparity and the schedule of BatchRenorm in the block ``"nnunet_norm"`` (:mod:`nnunet_norm.settings`).
+``data_identifier`` never changes, so the preprocessed data are reused; ``plans_name`` always does, since it names the
+results folder.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from nnunet_norm.errors import PlansError
+from nnunet_norm.planning import topology
+from nnunet_norm.planning.configurations import (
+    Configuration,
+    Plans,
+    cascade,
+    check_configuration,
+    check_norm,
+    heirs,
+    locate,
+    require_architecture,
+    resolve_configuration,
+)
+from nnunet_norm.planning.naming import new_name
+from nnunet_norm.settings import BLOCK, BatchRenormSettings, NormSettings
+
+LOGGER = logging.getLogger(__name__)
+
+NAMED_ONLY = {"batch_size", "patch_size", "replan_topology"}
+"""What is bound to a resolution and to the memory it takes: never carried over to the other stage of a cascade."""
+
+ARCHITECTURE = ("num_stages", "base_features", "features_per_stage", "norm_op", "norm_op_kwargs")
+
+COUNTS = {
+    "batch_size",
+    "num_stages",
+    "base_features",
+    "iterations_per_epoch",
+    "val_iterations_per_epoch",
+    "disparity_batches",
+}
+
+SETTINGS = {
+    "iterations_per_epoch": "num_iterations_per_epoch",
+    "val_iterations_per_epoch": "num_val_iterations_per_epoch",
+    "initial_lr": "initial_lr",
+    "seed": "seed",
+    "disparity_batches": "disparity_batches",
+    "batch_renorm": "batch_renorm",
+}
+"""Options and the entries of the block ``"nnunet_norm"`` that they set."""
+
+OPTIONS = ("batch_size", "patch_size", "replan_topology", *ARCHITECTURE, *SETTINGS)
+"""Everything that can be asked for, in the order in which it stands in the default name."""
+
+
+def derive_plans(
+    plans: Plans,
+    configuration: str | Sequence[str],
+    *,
+    plans_name: str | None = None,
+    batch_size: int | None = None,
+    patch_size: Sequence[int] | None = None,
+    replan_topology: bool = False,
+    num_stages: int | None = None,
+    base_features: int | None = None,
+    features_per_stage: Sequence[int] | None = None,
+    norm_op: str | None = None,
+    norm_op_kwargs: Mapping[str, Any] | None = None,
+    iterations_per_epoch: int | None = None,
+    val_iterations_per_epoch: int | None = None,
+    initial_lr: float | None = None,
+    seed: int | None = None,
+    disparity_batches: int | None = None,
+    batch_renorm: BatchRenormSettings | Mapping[str, float] | None = None,
+) -> Plans:
+    """Derive new plans; the input is left as it is, and so is every configuration that is not named.
+
+    Changed keys are written at the configuration itself, over what it inherits. Configurations that inherit *from* it
+    follow, as they do in nnU-Net, and are validated too. Every stage of a **cascade** is derived together, whichever is
+    named: the norm, the number of stages, the features and all of the block ``"nnunet_norm"`` go to each of them;
+    ``batch_size``, ``patch_size`` and ``replan_topology`` belong to one resolution and change the named one only. A stage
+    that has fewer than ``num_stages`` keeps its own.
+
+    Args:
+        plans: as nnU-Net's planner wrote them.
+        configuration: one name, or several that all get the same changes.
+        plans_name: of the result; by default the old name with what was asked for, e.g.
+            ``nnUNetPlans_b16_p64x160x160_s4_f8_it10_seed1``.
+        batch_size: samples per optimizer step, over all GPUs.
+        patch_size: voxels per axis, in the order of the plans (after nnU-Net's transposition). The strides are kept; a
+            patch that they do not divide is enlarged to the next multiple of their product, with a warning. The result may
+            not be below :func:`~nnunet_norm.planning.topology.smallest_patch` of the strides, after ``num_stages``: fewer
+            stages allow smaller patches.
+        replan_topology: recompute strides, kernels and all lists per stage as nnU-Net would for this patch.
+        num_stages: keep this many of the finest stages.
+        base_features: of the first stage; doubled per stage up to the plan's own cap.
+        features_per_stage: one number per stage, instead of ``base_features``.
+        norm_op: dotted path of a norm that is called as ``norm_op(channels, **norm_op_kwargs)``.
+        norm_op_kwargs: its arguments; by default those of the plans.
+        iterations_per_epoch: optimizer steps per epoch.
+        val_iterations_per_epoch: validation batches per epoch.
+        initial_lr: learning rate at the start.
+        seed: of weights, sampling and augmentation.
+        disparity_batches: validation batches on which train/eval disparity is measured.
+        batch_renorm: the whole schedule, or those of its entries that change.
+
+    Raises:
+        PlansError: no such configuration, nothing to change, a value out of range, a patch below the network's minimum, a
+            dotted path that leads nowhere, a cascade that is not mapped both ways, or plans of the old format.
+    """
+    # Only the parameters are local yet; OPTIONS takes those that are changes.
+    asked = _asked({name: value for name, value in locals().items() if name in OPTIONS})
+    named = list(dict.fromkeys([configuration] if isinstance(configuration, str) else configuration))
+    everyone = list(dict.fromkeys(stage for name in named for stage in cascade(plans, name)))
+    changes: dict[str, Configuration] = {}
+    for name in everyone:
+        own = asked if name in named else {key: value for key, value in asked.items() if key not in NAMED_ONLY}
+        if own:
+            changes[name] = _changes(resolve_configuration(plans, name), name, own, name in named)
+    derived = copy.deepcopy(plans)
+    for name, keys in changes.items():
+        derived["configurations"][name].update(keys)
+    if "patch_size" in asked:  # its name says what it became
+        asked["patch_size"] = list(resolve_configuration(derived, named[0])["patch_size"])
+    derived["plans_name"] = new_name(plans["plans_name"], plans_name, asked)
+    following = list(dict.fromkeys(heir for name in changes for heir in heirs(derived, name) if heir not in changes))
+    for name in [*changes, *following]:
+        check_configuration(derived, name)
+    if len(changes) > len(named):
+        LOGGER.info("Stages of one cascade are derived together: %s", ", ".join(changes))
+    if following:
+        LOGGER.info("%s inherit(s) from what was changed, and follow(s)", ", ".join(following))
+    return derived
+
+
+def _positive(name: str, value: object) -> int:
+    """The value as an int, or a refusal; NumPy's integers are welcome, booleans and floats are not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise PlansError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    return number
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, in plain types.
+
+    Raises:
+        PlansError: none was given, two that exclude each other, or a value of the wrong type.
+    """
+    asked = {name: options[name] for name in OPTIONS if options[name] is not None and options[name] is not False}
+    if not asked:
+        raise PlansError(f"nothing to change: give at least one of {', '.join(OPTIONS)}")
+    if {"base_features", "features_per_stage"} <= asked.keys():
+        raise PlansError("base_features and features_per_stage both say how many features; give one of them")
+    for name in COUNTS & asked.keys():
+        asked[name] = _positive(name, asked[name])
+    for name in {"patch_size", "features_per_stage"} & asked.keys():
+        if not isinstance(asked[name], Iterable) or isinstance(asked[name], str):
+            raise PlansError(f"{name} is {asked[name]!r}; it must be a sequence of whole numbers")
+        asked[name] = [_positive(name, value) for value in asked[name]]
+    if "norm_op_kwargs" in asked:
+        asked["norm_op_kwargs"] = dict(asked["norm_op_kwargs"])
+        try:
+            json.dumps(asked["norm_op_kwargs"])
+        except TypeError as error:
+            raise PlansError(
+                f"norm_op_kwargs {asked['norm_op_kwargs']!r} cannot stand in a JSON file: {error}"
+            ) from error
+    return asked
+
+
+def _changes(resolved: Configuration, name: str, asked: dict[str, Any], is_named: bool) -> Configuration:
+    """The keys to be written at one configuration."""
+    changes: Configuration = {}
+    architecture = require_architecture(resolved, name)
+    locate(architecture["network_class_name"], "network_class_name", name)
+    if "batch_size" in asked:
+        changes["batch_size"] = asked["batch_size"]
+    patch: list[int] = asked["patch_size"] if "patch_size" in asked else resolved["patch_size"]
+    ndim = len(resolved["patch_size"])
+    if len(patch) != ndim:
+        raise PlansError(
+            f"configuration {name}: patch size {topology.as_text(patch)} has {len(patch)} axes; this configuration has {ndim}"
+        )
+    if "replan_topology" in asked:
+        architecture = topology.replan(architecture, resolved["spacing"], patch, name)
+    if "num_stages" in asked:
+        architecture = _with_stages(architecture, asked["num_stages"], name, is_named)
+    if {"base_features", "features_per_stage"} & asked.keys():
+        base, each = asked.get("base_features"), asked.get("features_per_stage")
+        architecture = topology.with_features(architecture, ndim, name, base=base, each=each)
+    if {"norm_op", "norm_op_kwargs"} & asked.keys():
+        architecture = _with_norm(architecture, ndim, name, asked)
+    if architecture != resolved["architecture"]:
+        changes["architecture"] = architecture
+    if {"patch_size", "replan_topology", "num_stages"} & asked.keys():
+        fitting = _fitting_patch(architecture, patch, name)
+        if fitting != list(resolved["patch_size"]):
+            changes["patch_size"] = fitting
+    settings = {SETTINGS[key]: value for key, value in asked.items() if key in SETTINGS}
+    if settings:
+        changes[BLOCK] = _with_settings(NormSettings.from_configuration(resolved), settings).to_block()
+    return changes
+
+
+def _with_stages(
+    architecture: topology.Architecture, num_stages: int, name: str, is_named: bool
+) -> topology.Architecture:
+    own = topology.kwargs_of(architecture, name)["n_stages"]
+    if not is_named and own < num_stages:
+        LOGGER.info("%s keeps its %d stages: it has fewer than %d", name, own, num_stages)
+        return architecture
+    return topology.cut(architecture, num_stages, name)
+
+
+def _with_norm(
+    architecture: topology.Architecture, ndim: int, name: str, asked: dict[str, Any]
+) -> topology.Architecture:
+    result = copy.deepcopy(architecture)
+    kwargs = result["arch_kwargs"]
+    if "norm_op" not in kwargs:
+        raise PlansError(f"configuration {name}: {result['network_class_name']} takes no norm_op")
+    kwargs.update({key: asked[key] for key in ("norm_op", "norm_op_kwargs") if key in asked})
+    if "norm_op" not in result["_kw_requires_import"]:
+        result["_kw_requires_import"] = [*result["_kw_requires_import"], "norm_op"]
+    check_norm(result, ndim, name)
+    return result
+
+
+def _fitting_patch(architecture: topology.Architecture, patch: Sequence[int], name: str) -> list[int]:
+    """The patch, enlarged where the strides do not divide it, with a warning.
+
+    Raises:
+        PlansError: it is below the network's minimum even then.
+    """
+    stride = topology.total_stride(architecture, len(patch), name)
+    fitting = topology.divisible_patch(patch, stride)
+    smallest = topology.smallest_patch(stride)
+    if any(size < least for size, least in zip(fitting, smallest, strict=True)):
+        raise PlansError(
+            f"configuration {name}: patch size {topology.as_text(patch)} is below the network's minimum of "
+            f"{topology.as_text(smallest)} (total stride {topology.as_text(stride)}); give a larger patch, or fewer stages "
+            "with --num-stages or --replan-topology"
+        )
+    if fitting != tuple(patch):
+        LOGGER.warning(
+            "%s: patch size %s is not divisible by the total stride %s and was enlarged to %s",
+            name,
+            topology.as_text(patch),
+            topology.as_text(stride),
+            topology.as_text(fitting),
+        )
+    return list(fitting)
+
+
+def _with_settings(settings: NormSettings, values: dict[str, Any]) -> NormSettings:
+    batch_renorm = values.get("batch_renorm")
+    if isinstance(batch_renorm, Mapping):
+        merged = BatchRenormSettings.from_block({**dataclasses.asdict(settings.batch_renorm), **batch_renorm})
+        values = {**values, "batch_renorm": merged}
+    return dataclasses.replace(settings, **values)

@@ -1,0 +1,153 @@
+"""`nnunet-norm plan` as a user types it: through the console script's main."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nnunet_norm.cli import main
+
+STOCK = Path(__file__).resolve().parent.parent / "stock_plans" / "nnUNetPlans.json"
+DATASET = "Dataset990_Abdomen"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A preprocessed dataset that holds nnU-Net's plans and nothing else."""
+    folder = tmp_path / DATASET
+    folder.mkdir()
+    shutil.copy(STOCK, folder)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    return folder
+
+
+def plan(*arguments: object) -> int:
+    return main(["plan", *map(str, arguments)])
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_plans_are_derived_saved_and_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces the file, the correction, the table old -> new, and the commands to type next."""
+    options = ["--batch-size", 16, "--patch-size", 64, 150, 160, "--num-stages", 4, "--base-features", 8, "--seed", 0]
+    assert plan("-d", 990, "-c", "3d_fullres", *options) == 0
+    name = "nnUNetPlans_b16_p64x152x160_s4_f8_seed0"
+    derived = json.loads((folder / f"{name}.json").read_text())
+    assert derived["plans_name"] == name
+    configuration = derived["configurations"]["3d_fullres"]
+    assert (configuration["batch_size"], configuration["patch_size"]) == (16, [64, 152, 160])
+    assert configuration["nnunet_norm"] == {"seed": 0}
+    printed = capsys.readouterr()
+    assert "WARNING: 3d_fullres: patch size 64x150x160 is not divisible by the total stride 4x8x8" in printed.err
+    rows = [line.split(maxsplit=2) for line in printed.out.splitlines() if " -> " in line]
+    assert ["3d_fullres", "batch_size", "2 -> 16"] in rows
+    assert ["3d_fullres", "patch_size", "[80, 160, 160] -> [64, 152, 160]"] in rows
+    assert ["3d_fullres", "features_per_stage", "[32, 64, 128, 256, 320, 320] -> [8, 16, 32, 64]"] in rows
+    assert ["3d_fullres", "nnunet_norm.seed", "- -> 0"] in rows
+    assert {row[0] for row in rows} == {"plans_name", "3d_fullres", "3d_cascade_fullres"}
+    assert printed.out.splitlines()[-2:] == [
+        '  export nnUNet_extTrainer="$(nnunet-norm trainers-dir)"',
+        f"  nnUNetv2_train {DATASET} 3d_fullres 0 -p {name} -tr nnUNetTrainerBRN",
+    ]
+
+
+def test_the_stages_of_a_cascade_are_trained_in_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces both trainings for a cascade, the low resolution first, and the trainer that takes the plans' norm."""
+    assert (
+        plan("-d", DATASET, "-c", "3d_cascade_fullres", "--norm-op", "torch.nn.BatchNorm3d", "--plans-name", "mine")
+        == 0
+    )
+    lines = [line.split("#")[0].split() for line in capsys.readouterr().out.splitlines() if "nnUNetv2_train" in line]
+    assert [line[2] for line in lines] == ["3d_lowres", "3d_cascade_fullres"]
+    assert all(line[3:] == ["0", "-p", "mine", "-tr", "nnUNetTrainerNorm"] for line in lines)
+    assert (folder / "mine.json").is_file()
+
+
+def test_every_option_reaches_the_plans(folder: Path) -> None:
+    """Enforces that no flag is dropped on its way, several configurations at once included."""
+    options = "--replan-topology --iterations-per-epoch 10 --val-iterations-per-epoch 2 --initial-lr 0.1 "
+    options += "--disparity-batches 1 --batch-renorm r_max=2 warmup=0.1 --plans-name mine"
+    assert plan("-d", 990, "-c", "2d", "3d_fullres", *options.split()) == 0
+    configurations = json.loads((folder / "mine.json").read_text())["configurations"]
+    for name in ("2d", "3d_fullres"):
+        assert configurations[name]["nnunet_norm"] == {
+            "num_iterations_per_epoch": 10,
+            "num_val_iterations_per_epoch": 2,
+            "initial_lr": 0.1,
+            "disparity_batches": 1,
+            "batch_renorm": {"r_max": 2.0, "warmup": 0.1},
+        }
+    assert "nnunet_norm" not in configurations["3d_lowres"]
+    features = ["--features-per-stage", 4, 4, 4, "--num-stages", 3, "--plans-name", "small"]
+    assert plan("-d", 990, "-c", "2d", *features) == 0
+    kwargs = json.loads((folder / "small.json").read_text())["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    assert kwargs["features_per_stage"] == [4, 4, 4]
+
+
+def test_a_recipe_takes_options_on_top(folder: Path) -> None:
+    """Enforces that a recipe is found by name and that options refine it."""
+    assert plan("-d", 990, "-c", "2d", "--recipe", "shallow", "--num-stages", 3, "--batch-size", 4) == 0
+    configuration = json.loads((folder / "nnUNetPlans_b4_s3.json").read_text())["configurations"]["2d"]
+    assert (configuration["architecture"]["arch_kwargs"]["n_stages"], configuration["batch_size"]) == (3, 4)
+
+
+def test_an_existing_file_is_kept_unless_overwrite_is_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces that the same command twice is refused, and the remedy that it names works."""
+    command = ["-d", 990, "-c", "2d", "--batch-size", 4]
+    assert plan(*command) == 0
+    capsys.readouterr()
+    assert plan(*command) == 2
+    assert refusal(capsys).endswith("nnUNetPlans_b4.json exists; choose another --plans-name or give --overwrite")
+    assert plan(*command, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-d", 990, "-c", "2d"], "nothing to change; give --recipe or at least one of --batch-size, --patch-size"),
+        (["-d", 990, "-c", "2d", "--batch-size", 4, "-p", "nnUNetPlan"], "there are nnUNetPlans"),
+        (["-d", 990, "-c", "1d", "--batch-size", 4], "configuration 1d is not in plans nnUNetPlans; there are 2d,"),
+        (["-d", 990, "-c", "2d", "--recipe", "deep"], "--recipe deep is not known; choose from shallow"),
+        (["-d", 990, "-c", "2d", "--patch-size", 64, 64], "64x64 is below the network's minimum of 512x512"),
+        (["-d", 990, "-c", "2d", "--seed", -1], "nnunet_norm.seed is -1"),
+        (["-d", 991, "-c", "2d", "--batch-size", 4], "-d 991: Could not find a dataset with the ID 991"),
+        (["-d", "Abdomen", "-c", "2d", "--batch-size", 4], "-d Abdomen: dataset_name_or_id was a string"),
+        (["-d", "Dataset991_X", "-c", "2d", "--batch-size", 4], "Dataset991_X; run nnUNetv2_plan_and_preprocess first"),
+    ],
+)
+def test_wrong_input_gets_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list, message: str
+) -> None:
+    """Enforces exit code 2, one telling line, and no new file."""
+    assert plan(*arguments) == 2
+    assert message in refusal(capsys)
+    assert [file.name for file in folder.iterdir()] == ["nnUNetPlans.json"]
+
+
+def test_an_unset_variable_gets_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces that a missing nnUNet_preprocessed is named before anything else fails for want of it."""
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    assert plan("-d", 990, "-c", "2d", "--batch-size", 4) == 2
+    assert "nnUNet_preprocessed is not set; export it" in refusal(capsys)
+
+
+def test_a_malformed_setting_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces that --batch-renorm wants KEY=NUMBER."""
+    with pytest.raises(SystemExit, match="2"):
+        plan("-d", 990, "-c", "2d", "--batch-renorm", "r_max")
+    assert "'r_max' is not KEY=NUMBER" in capsys.readouterr().err
+
+
+def test_logging_is_left_as_it_was(folder: Path) -> None:
+    """Enforces that the command's messages do not change the logging of whoever calls it."""
+    logger = logging.getLogger("nnunet_norm")
+    before = (logger.level, list(logger.handlers))
+    assert plan("-d", 990, "-c", "2d", "--batch-size", 4) == 0
+    assert (logger.level, list(logger.handlers)) == before

@@ -1,0 +1,113 @@
+"""The block "nnunet_norm" of a configuration: what it accepts, what it refuses and how it is written back."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_norm.errors import PlansError
+from nnunet_norm.settings import BatchRenormSettings, NormSettings
+
+FULL = {
+    "num_iterations_per_epoch": 10,
+    "num_val_iterations_per_epoch": 2,
+    "initial_lr": 0.005,
+    "seed": 0,
+    "disparity_batches": 3,
+    "batch_renorm": {"momentum": 0.1, "r_max": 2.0, "d_max": 0.0, "warmup": 0.7, "ramp": 0.2},
+}
+
+
+def read(**block: object) -> NormSettings:
+    return NormSettings.from_configuration({"batch_size": 2, "nnunet_norm": block})
+
+
+def test_a_configuration_without_the_block_has_the_defaults() -> None:
+    """Enforces that stock plans leave everything to the trainer, with Ioffe's end points 3 and 5."""
+    settings = NormSettings.from_configuration({"batch_size": 2})
+    assert settings == NormSettings()
+    assert (settings.num_iterations_per_epoch, settings.seed, settings.initial_lr) == (None, None, None)
+    assert settings.batch_renorm == BatchRenormSettings(momentum=0.01, r_max=3.0, d_max=5.0, warmup=0.4, ramp=0.3)
+    assert settings.to_block() == {}
+
+
+def test_every_entry_is_read_and_written_back() -> None:
+    """Enforces that reading a full block and writing it loses nothing, seed 0 and limit 0 included."""
+    settings = read(**FULL)
+    assert settings.seed == 0
+    assert settings.batch_renorm.d_max == 0.0
+    assert settings.to_block() == FULL
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "num_iterations_per_epoch": st.integers(1, 10**6),
+            "num_val_iterations_per_epoch": st.integers(1, 10**6),
+            "initial_lr": st.floats(1e-9, 10),
+            "seed": st.integers(0, 2**32 - 1),
+            "disparity_batches": st.integers(1, 100),
+            "batch_renorm": st.fixed_dictionaries(
+                {},
+                optional={
+                    "momentum": st.floats(1e-6, 1),
+                    "r_max": st.floats(1, 100),
+                    "d_max": st.floats(0, 100),
+                    "warmup": st.floats(0, 0.5),
+                    "ramp": st.floats(0, 0.5),
+                },
+            ),
+        },
+    )
+)
+def test_a_valid_block_survives_json_and_back(block: dict[str, object]) -> None:
+    """Enforces from_configuration(to_block(settings)) == settings through a JSON file."""
+    settings = read(**block)
+    assert read(**json.loads(json.dumps(settings.to_block()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"sede": 1}, r"nnunet_norm\.sede is not a setting; valid ones are .*seed.*batch_renorm"),
+        ({"num_epochs": 250}, r"nnunet_norm\.num_epochs is 250, .*nnUNetTrainerBRN_250epochs"),
+        ({"num_iterations_per_epoch": 0}, r"num_iterations_per_epoch is 0; .*at least 1"),
+        ({"num_iterations_per_epoch": 2.5}, r"num_iterations_per_epoch is 2\.5; .*whole number"),
+        ({"num_val_iterations_per_epoch": "5"}, r"num_val_iterations_per_epoch is '5'"),
+        ({"disparity_batches": True}, r"disparity_batches is True"),
+        ({"seed": -1}, r"seed is -1; .*at least 0 and at most 4294967295"),
+        ({"seed": 2**32}, r"seed is 4294967296"),
+        ({"initial_lr": 0}, r"initial_lr is 0; .*above 0"),
+        ({"initial_lr": math.nan}, r"initial_lr is nan"),
+        ({"batch_renorm": 3}, r"nnunet_norm\.batch_renorm is 3; it must be an object"),
+        ({"batch_renorm": None}, r"nnunet_norm\.batch_renorm is None; it must be an object"),
+        ({"batch_renorm": {"rmax": 2}}, r"batch_renorm\.rmax is not a setting; valid ones are momentum, r_max"),
+        ({"batch_renorm": {"r_max": 0.5}}, r"batch_renorm\.r_max is 0\.5; .*at least 1"),
+        ({"batch_renorm": {"r_max": math.inf}}, r"batch_renorm\.r_max is inf; .*finite"),
+        ({"batch_renorm": {"d_max": -1}}, r"batch_renorm\.d_max is -1; .*at least 0"),
+        ({"batch_renorm": {"momentum": 0}}, r"batch_renorm\.momentum is 0; .*above 0"),
+        ({"batch_renorm": {"momentum": 1.5}}, r"batch_renorm\.momentum is 1\.5"),
+        ({"batch_renorm": {"warmup": 1.2}}, r"batch_renorm\.warmup is 1\.2; .*share from 0 to 1"),
+        ({"batch_renorm": {"warmup": 0.8}}, r"warmup \+ ramp is 0\.8 \+ 0\.3; together they are at most 1"),
+    ],
+)
+def test_what_is_no_setting_is_refused_in_one_line(block: dict[str, object], message: str) -> None:
+    """Enforces that a refusal names the key, the value and the choice, in one line."""
+    with pytest.raises(PlansError, match=message) as refusal:
+        read(**block)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_block_that_is_no_object_is_refused() -> None:
+    """Enforces that "nnunet_norm": [] is not taken for an empty block."""
+    with pytest.raises(PlansError, match=r"nnunet_norm is \[\]; it must be an object"):
+        NormSettings.from_configuration({"nnunet_norm": []})
+
+
+def test_settings_cannot_be_changed() -> None:
+    """Enforces that settings are frozen, so that what the log says is what was used."""
+    with pytest.raises(AttributeError, match="cannot assign"):
+        NormSettings().seed = 1  # type: ignore[misc]
