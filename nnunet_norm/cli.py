@@ -6,8 +6,10 @@ Each command is a module of :mod:`nnunet_norm.commands` with a docstring (its he
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from nnunet_norm import __version__
 from nnunet_norm.errors import NnunetNormError
@@ -25,6 +27,17 @@ COMMANDS = {
 USER_ERROR = 2
 """Exit code of a refusal."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        self.exit(USER_ERROR, f"{self.prog}: {message}; see {self.prog} -h\n")
+
 
 def _module_of(command: str) -> str:
     return "nnunet_norm.commands." + command.replace("-", "_")
@@ -32,7 +45,7 @@ def _module_of(command: str) -> str:
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for ``argv``; the arguments of a command are added only if it is the one named."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="nnunet-norm", description="Normalization without seams for nnU-Net.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -63,5 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"nnunet-norm {args.command}: interrupted; finished work is kept", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

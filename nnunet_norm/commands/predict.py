@@ -1,0 +1,155 @@
+"""Predict images with a trained model, in halo-cut tiles: nothing is averaged, every voxel is written once.
+
+Takes the flags of nnUNetv2_predict; -m names a model folder in place of -d, -tr, -p and -c.
+
+    nnunet-norm predict -i images -o predictions -d 4 -c 3d_fullres -tr nnUNetTrainerBRN -f 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nnunet_norm.commands.model import add_model_arguments, fold, model_folder
+from nnunet_norm.errors import SetupError, TilingError
+
+if TYPE_CHECKING:
+    import torch
+
+CITATION = (
+    "Please cite when using nnU-Net: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. (2021). "
+    "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature methods, 18(2), "
+    "203-211."
+)
+
+DEVICES = ("cuda", "cpu", "mps")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of nnUNetv2_predict, -m, --tile-size and --halo."""
+    add_model_arguments(parser)
+    parser.add_argument("-f", nargs="+", type=fold, default=[0, 1, 2, 3, 4], help="folds (default: 0 1 2 3 4), or all")
+    parser.add_argument("-i", required=True, metavar="FOLDER", help="images, named <case>_0000<ending> by channel")
+    parser.add_argument("-o", required=True, metavar="FOLDER", help="where the segmentations go; made if need be")
+    parser.add_argument(
+        "--tile-size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="voxels, one number for all axes or one per axis (default: the patch size)",
+    )
+    parser.add_argument(
+        "--halo",
+        nargs="+",
+        default=["auto"],
+        metavar="H",
+        help="auto (default: the exact halo where it fits the tile, else the effective one), exact (or refuse), erf (the "
+        "effective one), or voxels: one number for all axes or one per axis",
+    )
+    parser.add_argument("-step_size", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    parser.add_argument("--save_probabilities", action="store_true", help="also write what nnUNetv2_ensemble needs")
+    parser.add_argument("--continue_prediction", action="store_true", help="leave out the cases that are there already")
+    parser.add_argument("-prev_stage_predictions", metavar="FOLDER", help="the previous stage's predictions (cascade)")
+    parser.add_argument("-npp", type=int, default=_default("nnUNet_npp"), help="processes for preprocessing; 0: none")
+    parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="processes for export; 0: none")
+    parser.add_argument("-num_parts", type=int, default=1, help="into how many calls the cases are divided")
+    parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("-device", default="cuda", choices=DEVICES, help="default: cuda; see CUDA_VISIBLE_DEVICES")
+    parser.add_argument("--not_on_device", action="store_true", help="keep image and result on the CPU")
+    parser.add_argument("--verbose", action="store_true", help="nnU-Net's own messages")
+    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and predict the folder."""
+    halo = _halo(args.halo)
+    _check(args)
+    folder = model_folder(args)
+    from nnunet_norm.prediction import HaloPredictor  # nnU-Net takes seconds to import: refuse first
+
+    print(f"{CITATION}\n")
+    predictor = HaloPredictor(
+        use_mirroring=not args.disable_tta,
+        perform_everything_on_device=not args.not_on_device,
+        device=_device(args.device),
+        verbose=args.verbose,
+        verbose_preprocessing=args.verbose,
+        allow_tqdm=not args.disable_progress_bar,
+        tile_size=args.tile_size,
+        halo=halo,
+    )
+    with _log_on_stdout():
+        predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)
+        predictor.predict_from_files(
+            args.i,
+            args.o,
+            save_probabilities=args.save_probabilities,
+            overwrite=not args.continue_prediction,
+            num_processes_preprocessing=args.npp,
+            num_processes_segmentation_export=args.nps,
+            folder_with_segs_from_prev_stage=args.prev_stage_predictions,
+            num_parts=args.num_parts,
+            part_id=args.part_id,
+        )
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.step_size is not None:
+        raise TilingError(f"-step_size {args.step_size} has no meaning here (no blending): use --tile-size and --halo")
+    if not 0 <= args.part_id < args.num_parts:
+        raise SetupError(
+            f"-part_id {args.part_id} must be from 0 to {args.num_parts - 1} (-num_parts {args.num_parts})"
+        )
+    if min(args.npp, args.nps) < 0:
+        raise SetupError(f"-npp {args.npp} and -nps {args.nps} must not be negative; 0 works without further processes")
+
+
+def _halo(words: list[str]) -> str | list[int]:
+    """The words of --halo: one that the predictor knows, or numbers."""
+    if all(word.isdecimal() for word in words):
+        return [int(word) for word in words]
+    if len(words) > 1:
+        raise TilingError(f"--halo {' '.join(words)} is neither a word nor numbers: give auto, exact, erf, or voxels")
+    return words[0]
+
+
+def _device(name: str) -> torch.device:
+    """The device, and threads as nnUNetv2_predict sets them."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise SetupError(f"-device {name} is not available on this machine: use -device cpu, or see why torch lacks it")
+    if name == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+    elif name == "cuda":
+        torch.set_num_threads(1)
+        torch.set_num_interop_threads(1)
+    return torch.device(name)
+
+
+@contextmanager
+def _log_on_stdout() -> Iterator[None]:
+    """Show what the library logs, among it the tiles and the halo."""
+    logger = logging.getLogger("nnunet_norm")
+    handler = logging.StreamHandler(sys.stdout)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _default(variable: str) -> int:
+    """nnU-Net's default number of processes: 3 unless the variable has another."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else 3

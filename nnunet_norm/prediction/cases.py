@@ -1,0 +1,259 @@
+"""``CasePredictor``: nnU-Net's predictor with checked inputs, atomic outputs and errors in one line.
+
+What goes through the network, and how, is left as it is; ``HaloPredictor`` changes that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from torch import nn
+from tqdm import tqdm
+
+from nnunet_norm.errors import InputImageError
+from nnunet_norm.prediction import checks
+from nnunet_norm.prediction.export import export_prediction_atomically, write_json
+from nnunet_norm.prediction.model_folder import check_model_folder, model_errors, trainers_on_search_path
+from nnunet_norm.prediction.workers import PreprocessedCases, Preprocessing, Workers
+from nnunet_norm.receptive_field.trace import unwrapped
+
+RECORD = "halo_prediction"
+"""Beginning of the name of the file that tells how each case was predicted."""
+
+
+class CasePredictor(nnUNetPredictor):
+    """nnU-Net's predictor, hardened at its borders: the model folder, the images that come in, the files that go out."""
+
+    record_file: Path | None = None
+    """Where to tell how each case was predicted, while files are predicted."""
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile.
+
+        Under DDP a wrapped forward would broadcast buffers while ranks predict different numbers of tiles.
+        """
+        return unwrapped(self.network)
+
+    def record(self) -> dict[str, Any] | None:
+        """How the last image was predicted, for the record beside the predictions; None if there is nothing to tell."""
+        return None
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """Load a trained model as nnU-Net does; this package's trainers are found without ``nnUNet_extTrainer``.
+
+        Args:
+            model_training_output_dir: the folder that holds plans.json, dataset.json and the folds.
+            use_folds: folds to average; None for all that are there.
+            checkpoint_name: the checkpoint's file name in every fold.
+
+        Raises:
+            ModelFolderError: something is missing, or a checkpoint does not fit the network of the plans.
+            SetupError: the model's trainer cannot be found.
+        """
+        check_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+        with model_errors(model_training_output_dir):
+            with trainers_on_search_path():
+                super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+            # The first fold's weights were loaded; now it shows whether the others fit, not after the first image.
+            for weights in (*self.list_of_parameters[1:], self.list_of_parameters[0]):
+                self.bare_network.load_state_dict(weights)
+
+    def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = default_num_processes,
+        num_processes_segmentation_export: int = default_num_processes,
+        folder_with_segs_from_prev_stage: str | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+    ) -> list[Any]:
+        """nnU-Net's method with its parameters; 0 processes do the work in this one.
+
+        A case that cannot be predicted is left out and named in the error that ends the call, after all others.
+
+        Raises:
+            InputImageError: before anything starts, what is missing; at the end, the cases that were left out.
+            OutputError: a file cannot be written; nothing half-written is left under a final name.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        cases = list_of_lists_or_source_folder
+        if isinstance(cases, str):
+            cases = checks.find_cases(cases, self.dataset_json["file_ending"])
+        output = output_folder_or_list_of_truncated_output_files
+        self._check(cases, folder_with_segs_from_prev_stage)
+        if output is not None:
+            checks.check_output_folder(_folder_of(output))
+            self._write_what_ensembling_reads(Path(_folder_of(output)), arguments)
+        inputs, outputs, previous = self._manage_input_and_output_lists(
+            cases, output, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts, save_probabilities
+        )
+        if not inputs:
+            return []
+        iterator = self._internal_get_data_iterator_from_lists_of_filenames(
+            inputs, previous, outputs, num_processes_preprocessing
+        )
+        with self._recording(output, f"_part_{part_id}" if num_parts > 1 else "", overwrite=overwrite):
+            return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export)
+
+    def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | None = None,
+    ) -> list[Any]:
+        """``predict_from_files`` without further processes."""
+        return self.predict_from_files(
+            list_of_lists_or_source_folder,
+            output_folder_or_list_of_truncated_output_files,
+            save_probabilities,
+            overwrite,
+            0,
+            0,
+            folder_with_segs_from_prev_stage,
+        )
+
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[dict[str, Any]],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = default_num_processes,
+    ) -> list[Any]:
+        """Predict what the iterator yields: dicts with ``data`` (C, x, y, z), ``data_properties`` and ``ofile``.
+
+        Returns:
+            Per predicted case None if it was written to ``ofile``; where that is None, the segmentation (with
+            probabilities: both) at the image's original shape.
+
+        Raises:
+            InputImageError: at the end, the cases that were left out.
+            OutputError: a file cannot be written.
+        """
+        failures: list[str] = []
+        futures: list[Future[Any]] = []
+        with Workers(num_processes_segmentation_export, "segmentation export", "-nps") as workers:
+            for item in data_iterator:
+                for done in [future for future in futures if future.done()]:
+                    workers.result(done)  # an export that failed ends the run now
+                try:
+                    logits = self.predict_logits_from_preprocessed_data(_loaded(item["data"]))
+                except InputImageError as error:
+                    failures.append(f"case {os.path.basename(item['ofile'] or '')!r}: {error}")
+                    continue
+                futures.append(self._export(workers, logits, item, save_probabilities))
+                self._note(item["ofile"])
+            results = [workers.result(f) for f in tqdm(futures, desc="writing", disable=not self.allow_tqdm)]
+        if isinstance(data_iterator, MultiThreadedAugmenter):
+            data_iterator._finish()
+        if isinstance(data_iterator, PreprocessedCases):
+            failures += data_iterator.failures
+        empty_cache(self.device)
+        if failures:
+            count = f"{len(failures)} case{'s' * (len(failures) != 1)}"
+            raise InputImageError(f"{count} not predicted (the others are): {'; '.join(failures)}")
+        return results
+
+    def _export(self, workers: Workers, logits: torch.Tensor, item: dict[str, Any], probabilities: bool) -> Future[Any]:
+        """Resample, and write or return. As numpy: tensors share memory between processes, which runs out."""
+        array, properties = logits.detach().cpu().numpy(), item["data_properties"]
+        plans, configuration = self.plans_manager, self.configuration_manager
+        if item["ofile"] is None:
+            return workers.submit(
+                convert_predicted_logits_to_segmentation_with_correct_shape,
+                *(array, plans, configuration, self.label_manager, properties, probabilities),
+            )
+        return workers.submit(
+            export_prediction_atomically,
+            *(array, properties, configuration, plans, self.dataset_json, item["ofile"], probabilities),
+        )
+
+    def _internal_get_data_iterator_from_lists_of_filenames(
+        self,
+        input_list_of_lists: list[list[str]],
+        seg_from_prev_stage_files: list[str | None] | None,
+        output_filenames_truncated: list[str] | None,
+        num_processes: int,
+    ) -> PreprocessedCases:
+        nothing: list[None] = [None] * len(input_list_of_lists)
+        cases = zip(
+            input_list_of_lists,
+            seg_from_prev_stage_files or nothing,
+            output_filenames_truncated or nothing,
+            strict=True,
+        )
+        preprocessing = Preprocessing(
+            self.plans_manager, self.configuration_manager, self.dataset_json, self.verbose_preprocessing
+        )
+        return PreprocessedCases(preprocessing, list(cases), num_processes)
+
+    def _check(self, cases: list[list[str]], previous_stage_folder: str | None) -> None:
+        ending = self.dataset_json["file_ending"]
+        checks.check_channels(cases, self.dataset_json, self.plans_manager.image_reader_writer_class())
+        checks.check_previous_stage(
+            previous_stage_folder, self.configuration_manager.previous_stage_name, cases, ending
+        )
+
+    def _write_what_ensembling_reads(self, folder: Path, arguments: dict[str, Any]) -> None:
+        """The files that nnU-Net leaves beside its predictions, for postprocessing and ensembling."""
+        recursive_fix_for_json_export(arguments)
+        write_json(folder / "predict_from_raw_data_args.json", arguments)
+        write_json(folder / "dataset.json", self.dataset_json)
+        write_json(folder / "plans.json", self.plans_manager.plans)
+
+    @contextmanager
+    def _recording(self, output: str | list[str] | None, part: str, *, overwrite: bool) -> Iterator[None]:
+        """Tell inside how each case was predicted, in a file of this part's own; a continued one keeps what it tells."""
+        if output is not None:
+            self.record_file = Path(_folder_of(output), f"{RECORD}{part}.json")
+            if overwrite:
+                self.record_file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            self.record_file = None
+
+    def _note(self, output: str | None) -> None:
+        """Add how the case was predicted to the record."""
+        how = self.record()
+        if self.record_file is None or output is None or how is None:
+            return
+        cases = load_json(str(self.record_file)) if self.record_file.is_file() else {}
+        write_json(self.record_file, cases | {os.path.basename(output): how})
+
+
+def _folder_of(output: str | list[str]) -> str:
+    """The output folder, which is named itself or is that of the first file."""
+    return output if isinstance(output, str) else os.path.dirname(output[0]) or os.curdir
+
+
+def _loaded(data: torch.Tensor | str) -> torch.Tensor:
+    """The image; nnU-Net's iterators may hand over the name of a file, to be removed when it is read."""
+    if not isinstance(data, str):
+        return data
+    image = torch.from_numpy(np.load(data))
+    os.remove(data)
+    return image

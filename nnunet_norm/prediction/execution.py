@@ -1,0 +1,117 @@
+"""How a prediction is carried out, behind a narrow interface, and the plan that cuts the image into tiles.
+
+The predictor knows networks, devices and mirroring; an execution plan knows which part of the image goes through the
+network when, and what of the output is kept. Neither knows the other's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import functional
+
+from nnunet_norm.prediction.halo import Decision
+from nnunet_norm.tiling import Box, Tile, plan_tiles
+
+Forward = Callable[[Tensor], Tensor]
+"""(1, C, *spatial) -> logits (1, K, *spatial), mirrored passes averaged; spatial extents are multiples of the stride."""
+
+
+class ExecutionPlan(Protocol):
+    """One way to predict one image."""
+
+    @property
+    def steps(self) -> int:
+        """How often ``progress`` is called."""
+
+    def describe(self) -> str:
+        """The plan for the user, in one line."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for a JSON file; ``plan`` is its name."""
+
+    def run(self, forward: Forward, image: Tensor, progress: Callable[[], object]) -> Tensor:
+        """Predict.
+
+        Args:
+            forward: the network; takes its input from any device.
+            image: (C, *spatial), or (C, Z, *spatial) for a 2d network that takes a stack slice by slice.
+            progress: called after every step.
+
+        Returns:
+            Logits (K, *) with the image's extents, on the image's device, in the dtype that ``forward`` returns.
+        """
+
+
+class TilesPlan:
+    """Overlapping tiles on the grid of the total stride; the halo is cut away and every voxel written once."""
+
+    def __init__(self, decision: Decision, shape: tuple[int, ...]) -> None:
+        """Lay out the tiles.
+
+        Args:
+            decision: tile size and halo.
+            shape: what is cut into tiles, at least the image's shape; the network sees zeros beyond the image.
+        """
+        self.decision = decision
+        self.shape = shape
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        """The tiles of an image, or of one slice of a stack."""
+        return plan_tiles(self.shape, self.decision.tile_size, self.decision.halo, self.decision.stride)
+
+    @property
+    def steps(self) -> int:
+        """One step per tile."""
+        return self.decision.tiles
+
+    def describe(self) -> str:
+        """See ``Decision.describe``."""
+        return self.decision.describe()
+
+    def as_dict(self) -> dict[str, Any]:
+        """See ``Decision.as_dict``."""
+        return self.decision.as_dict()
+
+    def run(self, forward: Forward, image: Tensor, progress: Callable[[], object] = lambda: None) -> Tensor:
+        """See ``ExecutionPlan.run``."""
+        result: Tensor | None = None
+        for index, plane in planes(image, len(self.shape)):
+            for tile in self.tiles:
+                logits = forward(read(plane, tile.read))[0]
+                if result is None:
+                    result = logits.new_empty((len(logits), *image.shape[1:]), device=image.device)
+                core, write = _within(tile, plane.shape[1:])
+                place: tuple[int | slice, ...] = (slice(None), *index, *write)
+                result[place] = logits[(slice(None), *core)].to(image.device)
+                progress()
+        assert result is not None
+        return result
+
+
+def planes(image: Tensor, ndim: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """What the network takes at a time: (index of a slice, slice) for a stack and a 2d network, else the image itself."""
+    if image.ndim == ndim + 1:
+        yield (), image
+    else:
+        for z in range(image.shape[1]):
+            yield (z,), image[:, z]
+
+
+def read(plane: Tensor, box: Box) -> Tensor:
+    """The box of (C, *spatial) as a batch of one, with zeros where it reaches beyond the far end of the image."""
+    inside = plane[(slice(None), *box)]
+    missing = [(b.stop - b.start) - n for b, n in zip(box, inside.shape[1:], strict=True)]
+    padding = [width for m in reversed(missing) for width in (0, m)]
+    return functional.pad(inside, padding)[None].contiguous()
+
+
+def _within(tile: Tile, extents: tuple[int, ...]) -> tuple[Box, Box]:
+    """Core and write of a tile, as far as they lie within the image."""
+    write = tuple(slice(w.start, min(w.stop, n)) for w, n in zip(tile.write, extents, strict=True))
+    core = tuple(slice(c.start, c.start + w.stop - w.start) for c, w in zip(tile.core, write, strict=True))
+    return core, write

@@ -1,0 +1,99 @@
+"""Pairs of predictions of the same voxels from different tiles: what the tile mismatch is measured on.
+
+The planned tiles hardly overlap in what they keep. So each pair takes a planned tile and an extra one, shifted by about
+half a core along one axis, and compares them where both are valid: at least the halo away from every inner tile side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunet_norm.prediction.execution import TilesPlan, planes, read
+from nnunet_norm.prediction.predictor import HaloPredictor
+from nnunet_norm.tiling import Box, intersection, padded_shape
+
+Pair = tuple[Box, Box, Box]
+"""Two tiles of the padded image, and the box of the image in which both are valid."""
+
+
+def measure_tile_pairs(
+    predictor: HaloPredictor, image: Tensor, max_pairs: int = 12, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predict the same voxels from two tiles, again and again.
+
+    Tiles and halo are those with which the predictor predicts this image, shifts are multiples of the total stride, nothing
+    is mirrored, and the network computes in its own precision. Tiles in the middle of the image, and of a stack, come
+    first. Nothing is yielded if the image fits one tile, or if the core is one stride wide.
+
+    Args:
+        predictor: its network has the weights to measure.
+        image: preprocessed, (C, x, y, z).
+        max_pairs: how many pairs at most.
+        seed: chooses among the shifts of a tile.
+
+    Yields:
+        Logits (K, *box) of the same box from either tile, float32 or better, on the CPU.
+    """
+    plan = predictor.plan(image)
+    in_order = [plane for _, plane in planes(image, len(plan.shape))]
+    slices = [in_order[z] for z in sorted(range(len(in_order)), key=lambda z: abs(2 * z + 1 - len(in_order)))]
+    pairs = _pairs(plan, max_pairs, seed)
+    order = sorted(itertools.product(range(len(pairs)), range(len(slices))), key=sum)
+    for pair, place in order[:max_pairs]:
+        first, second, shared = pairs[pair]
+        plane = slices[place]
+        yield _logits(predictor, plane, first, shared), _logits(predictor, plane, second, shared)
+
+
+def _logits(predictor: HaloPredictor, plane: Tensor, tile: Box, box: Box) -> Tensor:
+    """The box (of the image) of a tile's prediction."""
+    inside = tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(box, tile, strict=True))
+    return predictor.tile_logits(read(plane, tile))[0][(slice(None), *inside)].cpu()
+
+
+def _pairs(plan: TilesPlan, at_most: int, seed: int) -> list[Pair]:
+    """Pairs for one plane: in rounds over the tiles, those in the middle first, another shift in each round."""
+    rng = np.random.default_rng(seed)
+    middle = np.array(plan.shape) / 2
+    per_tile = []
+    for tile in sorted(plan.tiles, key=lambda tile: float(np.linalg.norm(_centre(tile.read) - middle))):
+        candidates = _pairs_of(plan, tile.read)
+        per_tile.append([candidates[i] for i in rng.permutation(len(candidates))])
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*per_tile))
+    return [pair for pair in rounds if pair is not None][:at_most]
+
+
+def _pairs_of(plan: TilesPlan, tile: Box) -> list[Pair]:
+    """The tile with each of its shifted copies that shares valid voxels with it."""
+    decision = plan.decision
+    padded = padded_shape(plan.shape, decision.stride)
+    image = tuple(slice(0, n) for n in decision.image_shape)
+    found = []
+    for axis, (side, end) in enumerate(zip(tile, padded, strict=True)):
+        stride = decision.stride[axis]
+        core = side.stop - side.start - sum(decision.halo[axis])
+        half = max(1, round(core / 2 / stride)) * stride
+        for shift in (min(half, end - side.stop), -min(half, side.start)):
+            moved = (*tile[:axis], slice(side.start + shift, side.stop + shift), *tile[axis + 1 :])
+            shared = intersection(_valid(tile, plan, padded), _valid(moved, plan, padded))
+            inside = intersection(shared, image) if shift and shared else None
+            if inside:
+                found.append((tile, moved, inside))
+    return found
+
+
+def _valid(tile: Box, plan: TilesPlan, padded: Sequence[int]) -> Box:
+    """The tile without the halo at the sides that are not borders of the image."""
+    return tuple(
+        slice(side.start + (before if side.start > 0 else 0), side.stop - (after if side.stop < end else 0))
+        for side, (before, after), end in zip(tile, plan.decision.halo, padded, strict=True)
+    )
+
+
+def _centre(box: Box) -> NDArray[np.float64]:
+    return np.array([(side.start + side.stop) / 2 for side in box])

@@ -1,0 +1,172 @@
+"""Preprocessing before and exporting after the network, in processes of their own or, with 0 workers, in this one."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from numpy.typing import NDArray
+
+from nnunet_norm.errors import InputImageError, SetupError
+from nnunet_norm.prediction.checks import check_image, read_image, read_segmentation
+
+QUEUED_AT_MOST = 2
+"""Tasks that wait beside those that run, so that arrays do not pile up in memory (nnU-Net's number)."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What every case is preprocessed with."""
+
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict[str, Any]
+    verbose: bool
+
+    def __call__(self, files: Sequence[str], previous: str | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Read, check and preprocess one case as nnU-Net does.
+
+        Args:
+            files: one per channel.
+            previous: the previous stage's segmentation, which a cascade takes as further channels.
+
+        Returns:
+            The image (C, x, y, z) and its properties.
+
+        Raises:
+            InputImageError: it cannot be read, has other channels than the model's, or values that are not finite.
+        """
+        reader = self.plans_manager.image_reader_writer_class()
+        image, properties = read_image(files, self.dataset_json["file_ending"], reader)
+        check_image(image, files, self.dataset_json)
+        stage = read_segmentation(previous, reader) if previous else None
+        preprocessor = self.configuration_manager.preprocessor_class(verbose=self.verbose)
+        data, segmentation, properties = preprocessor.run_case_npy(
+            image, stage, properties, self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        if previous:
+            labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
+            data = np.vstack((data, convert_labelmap_to_one_hot(segmentation[0], labels, data.dtype)))
+        return np.ascontiguousarray(data, dtype=np.float32), properties
+
+
+class PreprocessedCases:
+    """Cases in order, as the dicts that nnU-Net's predictor takes: ``data``, ``data_properties``, ``ofile``.
+
+    A case that cannot be predicted is left out; ``failures`` tells why, in one line each, when the iteration is over.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        cases: Sequence[tuple[Sequence[str], str | None, str | None]],
+        workers: int,
+    ) -> None:
+        """Nothing starts yet.
+
+        Args:
+            preprocessing: what every case goes through.
+            cases: per case its files, the previous stage's segmentation, and the output without file ending.
+            workers: processes; 0 preprocesses each case in this process when it is asked for.
+        """
+        self.preprocessing = preprocessing
+        self.cases = cases
+        self.workers = min(workers, len(cases))
+        self.failures: list[str] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with Workers(self.workers, "preprocessing", "-npp") as workers:
+            waiting: deque[tuple[str | None, Future[Any]]] = deque()
+            for case in itertools.chain(self.cases, itertools.repeat(None, self.workers)):
+                if case is not None:
+                    files, previous, output = case
+                    waiting.append((output, workers.submit(self.preprocessing, list(files), previous)))
+                if len(waiting) > self.workers or (case is None and waiting):
+                    yield from self._finished(workers, *waiting.popleft())
+
+    def _finished(self, workers: Workers, output: str | None, future: Future[Any]) -> Iterator[dict[str, Any]]:
+        try:
+            data, properties = workers.result(future)
+        except InputImageError as error:
+            self.failures.append(str(error))
+        else:
+            yield {"data": torch.from_numpy(data), "data_properties": properties, "ofile": output}
+
+
+class Workers:
+    """Some processes (spawned, as CUDA needs it) with the same interface as none: then a task runs when submitted.
+
+    Leaving the block waits for what was submitted, also after an error: finished predictions are to be written.
+    """
+
+    def __init__(self, count: int, purpose: str, flag: str) -> None:
+        """Start no process before the first task.
+
+        Args:
+            count: processes; 0 for none.
+            purpose: what they do, for an error message.
+            flag: how the user sets ``count``.
+        """
+        self.count, self.purpose, self.flag = count, purpose, flag
+        context = multiprocessing.get_context("spawn")
+        self.executor = ProcessPoolExecutor(count, mp_context=context) if count else None
+        self.pending: set[Future[Any]] = set()
+
+    def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Start a task; waits while ``QUEUED_AT_MOST`` already wait for a free process."""
+        if self.executor is None:
+            return _run_here(task, *args)
+        while len(self.pending) >= self.count + QUEUED_AT_MOST:
+            self.pending = wait(self.pending, return_when=FIRST_COMPLETED).not_done
+        try:
+            future = self.executor.submit(task, *args)
+        except BrokenProcessPool as error:
+            raise self._ended_from_outside() from error
+        self.pending.add(future)
+        return future
+
+    def result(self, future: Future[Any]) -> Any:
+        """The task's result, or its own exception.
+
+        Raises:
+            SetupError: the process was ended from outside.
+        """
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            raise self._ended_from_outside() from error
+
+    def _ended_from_outside(self) -> SetupError:
+        return SetupError(
+            f"a {self.purpose} process was ended from outside, by the operating system if memory ran out: "
+            f"use fewer ({self.flag} below {self.count})"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True)
+
+
+def _run_here(task: Callable[..., Any], *args: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    try:
+        future.set_result(task(*args))
+    except InputImageError as error:
+        future.set_exception(error)
+    return future

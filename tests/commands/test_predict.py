@@ -1,0 +1,135 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "prediction"))
+from tiny_models import visible, write_image, write_model
+
+from nnunet_norm.cli import build_parser, main
+
+NNUNET_FLAGS = {
+    *("-i", "-o", "-d", "-p", "-tr", "-c", "-f", "-chk", "-step_size", "-prev_stage_predictions", "-device"),
+    *("-npp", "-nps", "-num_parts", "-part_id", "--disable_tta", "--save_probabilities", "--continue_prediction"),
+    *("--verbose", "--disable_progress_bar", "--not_on_device"),
+}
+HERE = ["-npp", "0", "-nps", "0", "-device", "cpu", "--disable_progress_bar"]
+NAME = "Dataset901_Tiny/nnUNetTrainer__nnUNetPlans__3d_fullres"
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The command takes all threads, as nnU-Net's does."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """nnUNet_results with a model, and a folder of images."""
+    (tmp_path / "Dataset901_Tiny").mkdir()
+    write_model(tmp_path / NAME)
+    write_image(tmp_path / "images", "a_0000")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    return tmp_path
+
+
+def predict(place, *arguments):
+    return main(["predict", "-i", str(place / "images"), "-o", str(place / "out"), *HERE, *arguments])
+
+
+def refusal(place, capsys, *arguments):
+    """The one line on stderr of a call that is refused."""
+    assert predict(place, *arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    return line
+
+
+def test_flags_are_nnunets():
+    """Every flag of nnUNetv2_predict, and -m, --tile-size, --halo; its defaults."""
+    parser = build_parser(["predict"])
+    subparser = parser._subparsers._group_actions[0].choices["predict"]
+    flags = {flag for action in subparser._actions for flag in action.option_strings}
+    assert flags - {"-h", "--help", "--debug"} == {*NNUNET_FLAGS, "-m", "--tile-size", "--halo"}
+    args = parser.parse_args(["predict", "-i", "a", "-o", "b"])
+    assert (args.tr, args.p, args.f, args.chk) == (
+        "nnUNetTrainer",
+        "nnUNetPlans",
+        [0, 1, 2, 3, 4],
+        "checkpoint_final.pth",
+    )
+    assert (args.npp, args.nps, args.device, args.num_parts, args.part_id) == (3, 3, "cuda", 1, 0)
+
+
+def test_predicts_a_folder(place, capsys):
+    """By dataset number, with the tiles and the halo on stdout."""
+    assert predict(place, "-d", "901", "-c", "3d_fullres", "-f", "0", "--tile-size", "16", "--halo", "4") == 0
+    out = capsys.readouterr().out
+    assert out.count("Please cite") == 1
+    assert (
+        "image of 20 x 22 x 24 voxels: 8 tiles of at most 16 x 16 x 16, halo before/after per axis: 4/4 (given)" in out
+    )
+    assert "a.nii.gz" in visible(place / "out")
+    record = json.loads((place / "out" / "halo_prediction.json").read_text())
+    assert record["a"]["tile_size"] == [16, 16, 16]
+
+
+def test_model_folder_stands_for_the_names(place, monkeypatch, capsys):
+    """-m needs neither -d nor nnUNet_results."""
+    monkeypatch.delenv("nnUNet_results")
+    assert predict(place, "-m", str(place / NAME), "-f", "0") == 0
+    assert "a.nii.gz" in visible(place / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-step_size", "0.5"], "-step_size 0.5 has no meaning here"),
+        ([], "no model is named: give -d and -c"),
+        (["-d", "901", "-c", "x", "-part_id", "2"], "-part_id 2 must be from 0 to 0"),
+        (["-d", "901", "-c", "x", "-npp", "-1"], "-npp -1 and -nps 0 must not be negative"),
+        (["-d", "902", "-c", "x"], "-d 902 should be one dataset"),
+        (["-d", "Tiny", "-c", "x"], "-d 'Tiny' is neither a number nor a name"),
+        (["-d", "901", "-c", "2d"], "beside it: nnUNetTrainer__nnUNetPlans__3d_fullres"),
+        (["-d", "901", "-c", "3d_fullres"], "no checkpoint_final.pth for fold 1, 2, 3, 4; folds that have it"),
+        (["-m", "M", "-f", "0", "--halo", "much"], "halo 'much' is unknown: choose auto, exact, erf"),
+        (["-m", "M", "-f", "0", "--halo", "auto", "8"], "--halo auto 8 is neither a word nor numbers"),
+        (
+            ["-m", "M", "-f", "0", "--halo", "40", "--tile-size", "64"],
+            "halo 40 leaves no core of a tile of 64 on axis 0",
+        ),
+        (
+            ["-m", "M", "-f", "0", "--tile-size", "8", "8"],
+            "tile size 8 x 8 does not suit a network with 3 spatial axes",
+        ),
+    ],
+)
+def test_wrong_input_gets_one_line(place, capsys, arguments, expected):
+    """Exit code 2 and what to do, without a traceback."""
+    arguments = [str(place / NAME) if argument == "M" else argument for argument in arguments]
+    line = refusal(place, capsys, *arguments)
+    assert line.startswith("nnunet-norm predict: ")
+    assert expected in line
+
+
+def test_missing_results_folder_gets_one_line(place, capsys, monkeypatch):
+    """nnUNet_results is named, and what does without it."""
+    monkeypatch.delenv("nnUNet_results")
+    assert "nnUNet_results is not set: export it, or give" in refusal(place, capsys, "-d", "901", "-c", "3d_fullres")
+
+
+def test_cuda_without_cuda_gets_one_line(place, capsys, monkeypatch):
+    """With the remedy."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refusal(place, capsys, "-m", str(place / NAME), "-device", "cuda")
+    assert "-device cuda is not available on this machine: use -device cpu" in line
+
+
+def test_fold_must_be_a_number_or_all(place, capsys):
+    """argparse says so, with its usage."""
+    with pytest.raises(SystemExit):
+        predict(place, "-m", str(place / NAME), "-f", "first")
+    assert "'first' is neither a number nor 'all'" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+import inspect
+import itertools
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from tiny_networks import INSTANCE_NORM, Chain, predictor, randomized, unet
+from torch import nn
+from torch.nn import functional
+
+from nnunet_norm.errors import InputImageError, TilingError
+from nnunet_norm.layers import convert_norm
+from nnunet_norm.prediction import HaloPredictor
+from nnunet_norm.prediction.execution import TilesPlan
+from nnunet_norm.receptive_field import trace
+from nnunet_norm.tiling import padded_shape, smallest_tile
+
+TOLERANCE = 1e-12
+
+NETWORKS = {
+    "2d": unet([(1, 1), (2, 2), (2, 2)]),
+    "2d anisotropic": unet([(1, 1), (1, 2), (2, 2)], channels=2),
+    "2d residual": unet([(1, 1), (2, 2)], residual=True),
+    "2d BatchRenorm": randomized(convert_norm(unet([(1, 1), (2, 2)]), "batch_renorm")),
+    "2d no change of resolution": randomized(Chain()),
+    "3d": unet([(1, 1, 1), (2, 2, 2)]),
+    "3d anisotropic": unet([(1, 1, 1), (1, 2, 1)], channels=2, classes=3),
+}
+FIELDS = {name: trace(network) for name, network in NETWORKS.items()}
+CHANNELS = {"2d anisotropic": 2, "3d anisotropic": 2}
+
+
+def whole(network, image, mirror_axes):
+    """The reference: one pass (per flip) over the image zero-padded at its far end to a multiple of the stride."""
+    field = trace(network)
+    ndim = len(field.stride)
+    if image.ndim == ndim + 2:
+        return torch.stack([whole(network, plane, mirror_axes) for plane in image.unbind(1)], 1)
+    extents = image.shape[1:]
+    padding = [p - n for n, p in zip(extents, padded_shape(extents, field.stride), strict=True)]
+    padded = functional.pad(image, [width for p in reversed(padding) for width in (0, p)])[None]
+    axes = [axis + 2 for axis in mirror_axes]
+    flips = [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
+    with torch.no_grad():
+        mean = sum(network(padded.flip(flip)).flip(flip) for flip in flips) / len(flips)
+    return mean[(0, slice(None), *(slice(0, n) for n in extents))]
+
+
+@st.composite
+def predictions(draw, ndim):
+    """A network with fixed statistics, an image, mirrored axes, and a tile and halo that fulfil the condition."""
+    name = draw(st.sampled_from([name for name, field in FIELDS.items() if len(field.stride) == ndim]))
+    field = FIELDS[name]
+    mirrored = draw(st.lists(st.sampled_from(range(ndim)), unique=True, max_size=2))
+    if draw(st.booleans()):
+        halo = "exact"
+        needed = [
+            tuple(-(-side // s) * s for side in pair) for pair, s in zip(field.aligned, field.stride, strict=True)
+        ]
+        needed = [(max(pair),) * 2 if axis in mirrored else pair for axis, pair in enumerate(needed)]
+    else:
+        halo = [max(pair) + draw(st.integers(0, 3)) for pair in field.any_voxel]
+        needed = halo
+    smallest = smallest_tile(needed, field.stride)
+    tile = [t + s * draw(st.integers(0, 2)) for t, s in zip(smallest, field.stride, strict=True)]
+    long = draw(st.integers(0, ndim - 1))  # one axis of several tiles, the others of up to two
+    shape = [draw(st.integers(1, 3 * t if axis == long else t + 3)) for axis, t in enumerate(tile)]
+    slices = [draw(st.integers(1, 2))] if ndim == 2 else []
+    return name, [CHANNELS.get(name, 1), *slices, *shape], mirrored, tile, halo
+
+
+def compare_with_the_whole_image(prediction, seed):
+    """Predict noise in tiles and in one pass."""
+    name, shape, mirrored, tile, halo = prediction
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    tiled = predictor(NETWORKS[name], tile, mirror_axes=tuple(mirrored), tile_size=tile, halo=halo)
+    result = tiled.predict_sliding_window_return_logits(image)
+    assert tiled.last_decision.exact
+    assert result.dtype == torch.float64
+    assert (result - whole(NETWORKS[name], image, mirrored)).abs().max() < TOLERANCE
+
+
+@given(predictions(2), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_tiled_result_is_that_of_the_whole_image_in_2d(prediction, seed):
+    """Fixed statistics, aligned tiles and a sufficient halo give the whole-image result, whatever the shapes."""
+    compare_with_the_whole_image(prediction, seed)
+
+
+@given(predictions(3), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_tiled_result_is_that_of_the_whole_image_in_3d(prediction, seed):
+    """The same in three dimensions."""
+    compare_with_the_whole_image(prediction, seed)
+
+
+@pytest.mark.parametrize("less", [(0, 0), (1, 0), (0, 1)])
+def test_a_halo_one_voxel_too_small_shows(less):
+    """The comparison can fail: one voxel less than the reach, before or after, changes the result; none less does not."""
+    network, field = NETWORKS["2d no change of resolution"], FIELDS["2d no change of resolution"]
+    image = torch.randn(1, 1, 1, 60, dtype=torch.float64)
+    before, after = field.aligned[1]
+    exact = predictor(network, (1, 1), tile_size=(8, before + after + 5), halo="exact").plan(image)
+    assert exact.decision.halo == ((0, 0), (before, after))
+    cut = TilesPlan(replace(exact.decision, halo=((0, 0), (before - less[0], after - less[1]))), exact.shape)
+    with torch.no_grad():
+        difference = (cut.run(network, image) - whole(network, image, ())).abs().max()
+    assert difference < TOLERANCE if less == (0, 0) else difference > 1e-6
+
+
+def test_a_halo_one_stride_too_small_shows():
+    """The same for a U-Net: the aligned reach rounded up, less one stride, is not enough, and it is said."""
+    network, field = NETWORKS["2d"], FIELDS["2d"]
+    enough = -(-max(field.aligned[1]) // 4) * 4
+    image = torch.randn(1, 1, 16, 120, dtype=torch.float64)
+    small = predictor(network, (16, 16), tile_size=(16, 2 * enough), halo=(0, enough - 4))
+    difference = (small.predict_sliding_window_return_logits(image) - whole(network, image, ())).abs().max()
+    assert not small.last_decision.exact
+    assert difference > 1e-6
+
+
+def test_tiles_of_their_own_statistics_are_said_not_to_be_seamless(caplog):
+    """InstanceNorm: the line names the layer and the reason, once per image shape."""
+    caplog.set_level(logging.INFO, "nnunet_norm")
+    tiled = predictor(unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), (16, 16))
+    for _ in range(2):
+        tiled.predict_sliding_window_return_logits(torch.randn(1, 1, 40, 16, dtype=torch.float64))
+    (line,) = caplog.messages
+    assert "not exact: no halo can make it seamless, because the statistics of encoder.stages.0.0.convs.0.norm" in line
+    assert "image of 40 x 16 voxels: 4 tiles of at most 16 x 16" in line
+
+
+def test_small_image_with_tile_statistics_is_padded_to_the_tile():
+    """One voxel through InstanceNorm gives what the patch with zeros around gives, as in training."""
+    network = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM)
+    image = torch.randn(1, 1, 1, 1, dtype=torch.float64)
+    result = predictor(network, (8, 8)).predict_sliding_window_return_logits(image)
+    with torch.no_grad():
+        expected = network(functional.pad(image[:, 0], (0, 7, 0, 7))[None])[0, :, None, :1, :1]
+    assert torch.equal(result, expected)
+
+
+def test_tile_of_one_stride_with_tile_statistics_has_a_variance():
+    """A tile that would leave one element at the bottom, which InstanceNorm refuses, is enlarged."""
+    tiled = predictor(unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), (8, 8), tile_size=(1,), halo=0)
+    tiled.predict_sliding_window_return_logits(torch.randn(1, 1, 4, 4, dtype=torch.float64))
+    assert tiled.last_decision.tile_size == (2, 4)
+
+
+def test_one_patch_is_what_nnunet_predicts():
+    """An image of one patch, mirrored: nnU-Net's result, which it keeps in half precision (11 significant bits)."""
+    network = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM).float()
+    image = torch.randn(1, 2, 16, 16)
+    ours = predictor(network, (16, 16), mirror_axes=(0, 1))
+    theirs = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    theirs.__dict__.update({name: value for name, value in ours.__dict__.items() if name in vars(theirs)})
+    theirs.label_manager = SimpleNamespace(num_segmentation_heads=2)
+    theirs.use_gaussian = False  # its weights underflow in the corners: there logits are off by percents
+    expected = theirs.predict_sliding_window_return_logits(image).float()
+    result = ours.predict_sliding_window_return_logits(image)
+    assert result.dtype == torch.float32
+    assert torch.allclose(result, expected, rtol=2**-10, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [{}, {"norm": INSTANCE_NORM}])
+def test_folds_are_averaged(norm):
+    """Two sets of weights give the mean of their results, also where the effective halo is measured in between."""
+    networks = [unet([(1, 1), (2, 2)], seed=seed, **norm) for seed in (1, 2)]
+    image = torch.randn(1, 1, 40, 10, dtype=torch.float64)
+    singles = [predictor(network, (16, 16)).predict_sliding_window_return_logits(image) for network in networks]
+    ensemble = predictor(unet([(1, 1), (2, 2)], **norm), (16, 16))
+    ensemble.list_of_parameters = [network.state_dict() for network in networks]
+    result = ensemble.predict_logits_from_preprocessed_data(image)
+    assert (result - (singles[0] + singles[1]) / 2).abs().max() < TOLERANCE
+
+
+def test_sums_are_not_half_precision():
+    """A network that computes in bfloat16 gives a float32 result whose mirrored mean was taken in float32."""
+    network = unet([(1, 1), (2, 2)]).to(torch.bfloat16)
+    image = torch.randn(1, 1, 8, 8).to(torch.bfloat16)
+    result = predictor(network, (8, 8), mirror_axes=(0,)).predict_sliding_window_return_logits(image)
+    with torch.no_grad():
+        passes = [network(image[:, 0][None].flip(axes)).flip(axes).float() for axes in ([], [2])]
+    assert torch.equal(result[:, 0], ((passes[0] + passes[1]) / 2)[0])
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, torch.compile])
+def test_wrapped_networks_are_unwrapped(wrap, monkeypatch):
+    """The network inside DDP and torch.compile is called, without their own forward."""
+    network = unet([(1, 1), (2, 2)])
+    if wrap is nn.parallel.DistributedDataParallel:
+        wrapped = wrap.__new__(wrap)
+        nn.Module.__init__(wrapped)
+        wrapped.module = network
+    else:
+        wrapped = wrap(network)
+    image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    result = predictor(wrapped, (8, 8)).predict_sliding_window_return_logits(image)
+    assert torch.equal(result, whole(network, image, ()))
+
+
+def test_out_of_memory_moves_the_result_only(monkeypatch, caplog):
+    """OutOfMemoryError retries with the result on the CPU; a second one is a refusal; other errors are not touched."""
+    caplog.set_level(logging.INFO, "nnunet_norm")
+    tiled = predictor(unet([(1, 1), (2, 2)]), (8, 8))
+    tiled.perform_everything_on_device = True
+    image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    errors = [torch.OutOfMemoryError("first")]
+    real = tiled._run_on
+    monkeypatch.setattr(tiled, "_run_on", lambda *a: raise_(errors.pop()) if errors else real(*a))
+    tiled.predict_sliding_window_return_logits(image)
+    assert "kept on the CPU" in caplog.messages[-1]
+    errors = [torch.OutOfMemoryError("second"), torch.OutOfMemoryError("first")]
+    with pytest.raises(TilingError, match="a tile of 8 x 8 does not fit into the device's memory"):
+        tiled.predict_sliding_window_return_logits(image)
+    errors = [RuntimeError("something else")]
+    with pytest.raises(RuntimeError, match="something else"):
+        tiled.predict_sliding_window_return_logits(image)
+
+
+def raise_(error):
+    raise error
+
+
+def test_values_that_are_not_finite_are_refused():
+    """NaN in the image, and infinity from the network, are errors and no labels."""
+    network = unet([(1, 1), (2, 2)])
+    image = torch.ones(1, 1, 8, 8, dtype=torch.float64)
+    image[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputImageError, match="the preprocessed image has 1 values that are not finite"):
+        predictor(network, (8, 8)).predict_sliding_window_return_logits(image)
+    network.decoder.seg_layers[-1].bias.data.fill_(torch.inf)
+    with pytest.raises(InputImageError, match=r"the network's output .* has 128 values that are not finite"):
+        predictor(network, (8, 8)).predict_sliding_window_return_logits(torch.ones_like(image))
+
+
+def test_unknown_halo_is_refused():
+    """The choices are named."""
+    with pytest.raises(TilingError, match="halo 'large' is unknown: choose auto, exact, erf or a number"):
+        predictor(unet([(1, 1), (2, 2)]), (8, 8), halo="large")
+
+
+def test_constructor_is_nnunets():
+    """nnU-Net's parameters come first, in its order and with its defaults; ours are keyword-only."""
+    theirs = [(p.name, p.default) for p in inspect.signature(nnUNetPredictor).parameters.values()]
+    ours = list(inspect.signature(HaloPredictor).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == theirs
+    assert [(p.name, p.kind.name) for p in ours[len(theirs) :]] == [
+        ("tile_size", "KEYWORD_ONLY"),
+        ("halo", "KEYWORD_ONLY"),
+    ]
