@@ -1,0 +1,106 @@
+"""Real images and the real programs, run as a user runs them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("NNUNET_NORM_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+
+
+def images(name):
+    """The folder of one of the data sets; skips where it is not there."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f"no {name} in {DATA}; set NNUNET_NORM_DATA")
+    return DATA / name
+
+
+class Workspace:
+    """nnU-Net's three folders, and its programs with them."""
+
+    def __init__(self, root):
+        self.root = root
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
+        self.env |= {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}
+        self.env |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f", "PYTHONUNBUFFERED": "1"}
+        self.env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + self.env["PATH"]
+        self.env["nnUNet_extTrainer"] = self.run("nnunet-norm", "trainers-dir").stdout.strip()
+
+    def run(self, *command, fails=False, **variables):
+        """Run a program to its end; its output, or a failure of the test that shows it."""
+        done = subprocess.run(
+            [str(c) for c in command], env=self.env | variables, cwd=self.root, capture_output=True, text=True
+        )
+        if (done.returncode != 0) != fails:
+            pytest.fail(f"{command} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        return done
+
+    def train(self, dataset, configuration, fold, trainer, plans, *options):
+        # Without workers the augmentation runs in the training process: nothing to start, and seeds that repeat.
+        return self.run(
+            *("nnUNetv2_train", dataset, configuration, fold, "-tr", trainer, "-p", plans, "-device", "cpu", *options),
+            nnUNet_n_proc_DA="0",
+        )
+
+    def killed_while_training(self, line, *command):
+        """Start a program, wait for a line of its output, and kill it without warning."""
+        process = subprocess.Popen(
+            [str(c) for c in command],
+            env=self.env | {"nnUNet_n_proc_DA": "0"},
+            cwd=self.root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        output = []
+        deadline = time.monotonic() + 300
+        for text in process.stdout:
+            output.append(text)
+            if line in text or time.monotonic() > deadline:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert line in output[-1], "".join(output)
+
+    def model(self, dataset, trainer, plans, configuration):
+        return self.root / "results" / dataset / f"{trainer}__{plans}__{configuration}"
+
+    def add_dataset(self, name, channels, labels, file_ending, cases, test=()):
+        """Copy cases ``(name, image, labels)`` and test images ``(name, image)`` into nnU-Net's raw format."""
+        folder = self.root / "raw" / name
+        for sub in ("imagesTr", "labelsTr", "imagesTs"):
+            (folder / sub).mkdir(parents=True)
+        for case, image, segmentation in cases:
+            shutil.copy(image, folder / "imagesTr" / f"{case}_0000{file_ending}")
+            if callable(segmentation):
+                segmentation(folder / "labelsTr" / f"{case}{file_ending}")
+            else:
+                shutil.copy(segmentation, folder / "labelsTr" / f"{case}{file_ending}")
+        for case, image in test:
+            shutil.copy(image, folder / "imagesTs" / f"{case}_0000{file_ending}")
+        description = {
+            "channel_names": channels,
+            "labels": labels,
+            "numTraining": len(cases),
+            "file_ending": file_ending,
+        }
+        (folder / "dataset.json").write_text(json.dumps(description))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("nnunet"))
+
+
+@pytest.fixture(scope="module")
+def real_images():
+    return images

@@ -1,0 +1,214 @@
+"""The whole road on hippocampus MRI: from the raw dataset to an evaluated ensemble, through nnU-Net's own programs."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813 - everybody's name for it
+import torch
+
+pytestmark = pytest.mark.integration
+
+DATASET = "Dataset004_Hippocampus"
+BRN, GN = "nnUNetTrainerBRN_3epochs", "nnUNetTrainerGN_2epochs"
+NUM_TRAINING, NUM_TEST = 10, 2
+
+
+@pytest.fixture(scope="module")
+def planned(workspace, real_images):
+    """The dataset with nnU-Net's own plans, and small plans derived from them."""
+    source = real_images("hippocampus_msd04")
+    names = sorted(p.name.removesuffix(".nii.gz") for p in (source / "images").glob("*.nii.gz"))
+    cases = [
+        (n, source / "images" / f"{n}.nii.gz", source / "labels" / f"{n}.nii.gz")
+        for n in names[: NUM_TRAINING + NUM_TEST]
+    ]
+    folder = workspace.add_dataset(
+        DATASET,
+        {"0": "MRI"},
+        {"background": 0, "Anterior": 1, "Posterior": 2},
+        ".nii.gz",
+        cases[:NUM_TRAINING],
+        [case[:2] for case in cases[NUM_TRAINING:]],
+    )
+    (folder / "labelsTs").mkdir()
+    for name, _, labels in cases[NUM_TRAINING:]:
+        (folder / "labelsTs" / f"{name}.nii.gz").write_bytes(labels.read_bytes())
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    workspace.run(
+        *("nnunet-norm", "plan", "-d", 4, "-c", "3d_fullres", "--plans-name", "small", "--num-stages", 3),
+        *("--base-features", 8, "--patch-size", 32, 32, 32, "--iterations-per-epoch", 10),
+        *("--val-iterations-per-epoch", 2, "--initial-lr", 0.01, "--seed", 1),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workspace, planned):
+    """BRN and GN on two folds with probabilities; one BRN training was killed in its second epoch and continued."""
+    workspace.train(4, "3d_fullres", 0, BRN, "small", "--npz")
+    workspace.killed_while_training(
+        "Epoch 1",
+        *("nnUNetv2_train", 4, "3d_fullres", 1, "-tr", BRN, "-p", "small", "-device", "cpu", "--npz"),
+    )
+    workspace.train(4, "3d_fullres", 1, BRN, "small", "--npz", "--c")
+    for fold in (0, 1):
+        workspace.train(4, "3d_fullres", fold, GN, "small", "--npz")
+    return {name: workspace.model(DATASET, name, "small", "3d_fullres") for name in (BRN, GN)}
+
+
+@pytest.fixture(scope="module")
+def predicted(workspace, trained, planned):
+    """The test images by the halo predictor with both models, and by nnU-Net's own predictor with BRN."""
+    where = {}
+    for key, program, trainer in (
+        ("halo", ["nnunet-norm", "predict"], BRN),
+        ("gaussian", ["nnUNetv2_predict"], BRN),
+        ("gn", ["nnunet-norm", "predict"], GN),
+    ):
+        where[key] = workspace.root / key
+        workspace.run(
+            *(*program, "-i", planned / "imagesTs", "-o", where[key], "-d", 4, "-c", "3d_fullres", "-p", "small"),
+            *("-tr", trainer, "-f", 0, 1, "-device", "cpu", "--save_probabilities", "-npp", 1, "-nps", 1),
+        )
+    return where
+
+
+def test_every_fold_ends_with_predictions_probabilities_and_a_report(trained):
+    for model in trained.values():
+        for fold in (0, 1):
+            validation = model / f"fold_{fold}" / "validation"
+            segmentations = sorted(p.name.removesuffix(".nii.gz") for p in validation.glob("*.nii.gz"))
+            assert len(segmentations) == NUM_TRAINING // 5
+            assert sorted(p.stem for p in validation.glob("*.npz")) == segmentations
+            report = json.loads((validation / "norm_report.json").read_text())
+            assert report["num_cases"] == len(segmentations)
+            assert report["train_eval_disparity"]["num_batches"] == 1
+            assert not list(validation.glob(".*"))  # nothing half-written
+
+
+def test_the_killed_training_was_continued_on_its_schedule(trained):
+    fold = trained[BRN] / "fold_1"
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["current_epoch"] == 3
+    assert checkpoint["network_weights"]["encoder.stages.0.0.convs.0.norm.num_batches_tracked"] == 30
+    logging = checkpoint["logging"]
+    assert len(logging["mean_train_eval_disparity"]) == len(logging["mean_fg_dice"]) == 3
+    logs = sorted(fold.glob("training_log_*.txt"), key=lambda p: p.stat().st_mtime)
+    assert len(logs) == 2
+    continued = logs[-1].read_text()
+    assert "Epoch 0" not in continued
+    assert "BatchRenorm limits: r_max 1.000, d_max 0.000" in continued  # epoch 1, still in the warm-up of 12 iterations
+    assert (
+        "BatchRenorm limits: r_max 2.800, d_max 4.500" in continued
+    )  # epoch 2 starts after 20: 9 of 10 steps up the ramp
+
+
+def test_the_halo_predictor_says_what_it_did(predicted, planned):
+    (record,) = predicted["halo"].glob("halo_prediction*.json")
+    text = record.read_text()
+    for image in (planned / "imagesTs").iterdir():
+        assert image.name.removesuffix("_0000.nii.gz") in text
+    assert "fixed" in text
+
+
+def test_predictions_have_the_geometry_of_their_images(predicted, planned):
+    for folder in predicted.values():
+        for image in (planned / "imagesTs").iterdir():
+            expected = sitk.ReadImage(str(image))
+            found = sitk.ReadImage(str(folder / image.name.replace("_0000", "")))
+            assert found.GetSize() == expected.GetSize()
+            np.testing.assert_allclose(found.GetSpacing(), expected.GetSpacing())
+
+
+def test_nnunets_predictor_takes_the_same_model_and_says_nearly_the_same(predicted):
+    """One network, two predictors: the images are smaller than two tiles, so they differ at padded borders only."""
+    for path in predicted["halo"].glob("*.npz"):
+        mine = np.load(path)["probabilities"]
+        theirs = np.load(predicted["gaussian"] / path.name)["probabilities"]
+        assert mine.shape == theirs.shape
+        assert np.abs(mine - theirs).mean() < 0.05
+
+
+def test_the_ensemble_of_two_predictors_and_norms_is_evaluated_by_nnunet(workspace, predicted, planned):
+    output = workspace.root / "ensemble"
+    workspace.run("nnUNetv2_ensemble", "-i", predicted["halo"], predicted["gn"], "-o", output, "-np", 1)
+    assert len(list(output.glob("*.nii.gz"))) == NUM_TEST
+    for path in output.glob("*.nii.gz"):
+        name = path.name.replace(".nii.gz", ".npz")
+        mean = np.mean([np.load(predicted[key] / name)["probabilities"] for key in ("halo", "gn")], 0)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), mean.argmax(0))
+    workspace.run(
+        *("nnUNetv2_evaluate_folder", planned / "labelsTs", output, "-djfile", output / "dataset.json"),
+        *("-pfile", predicted["halo"] / "plans.json", "-np", 1),
+    )
+    summary = json.loads((output / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == NUM_TEST
+
+
+def test_find_best_configuration_compares_the_trainers(workspace, trained):
+    output = workspace.run(
+        *(
+            "nnUNetv2_find_best_configuration",
+            4,
+            "-c",
+            "3d_fullres",
+            "-p",
+            "small",
+            "-tr",
+            BRN,
+            GN,
+            "-f",
+            0,
+            1,
+            "-np",
+            1,
+        )
+    ).stdout
+    for trainer in (BRN, GN):
+        assert f"{trainer}__small__3d_fullres: 0." in output
+    assert "nnUNetv2_predict" in output
+
+
+def test_a_finished_training_is_validated_again(workspace, trained):
+    report = trained[BRN] / "fold_0" / "validation" / "norm_report.json"
+    before = json.loads(report.read_text())
+    report.unlink()
+    workspace.train(4, "3d_fullres", 0, BRN, "small", "--val")
+    after = json.loads(report.read_text())
+    assert after == before
+
+
+def test_a_model_travels_as_nnunets_zip_file(workspace, trained, predicted, planned, tmp_path):
+    archive = tmp_path / "model.zip"
+    workspace.run(
+        *("nnUNetv2_export_model_to_zip", "-d", 4, "-o", archive, "-c", "3d_fullres", "-tr", BRN, "-p", "small"),
+        *("-f", 0, 1),
+    )
+    with zipfile.ZipFile(archive) as file:
+        assert f"{DATASET}/{BRN}__small__3d_fullres/fold_1/checkpoint_final.pth" in file.namelist()
+    elsewhere = tmp_path / "results"
+    elsewhere.mkdir()
+    workspace.run("nnUNetv2_install_pretrained_model_from_zip", archive, nnUNet_results=str(elsewhere))
+    workspace.run(
+        *("nnunet-norm", "predict", "-i", planned / "imagesTs", "-o", tmp_path / "out", "-d", 4, "-c", "3d_fullres"),
+        *("-p", "small", "-tr", BRN, "-f", 0, 1, "-device", "cpu", "-npp", 0, "-nps", 0),
+        nnUNet_results=str(elsewhere),
+    )
+    for path in predicted["halo"].glob("*.nii.gz"):
+        mine = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / path.name)))
+        np.testing.assert_array_equal(mine, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+
+
+def test_pretrained_weights_of_gn_start_a_training_with_brn(workspace, trained, tmp_path):
+    weights = tmp_path / "gn.pth"
+    workspace.run(
+        *("nnunet-norm", "export", "--pretrained", "-d", 4, "-c", "3d_fullres", "-tr", GN, "-p", "small", "-f", 0),
+        *("-o", weights),
+    )
+    trainer = "nnUNetTrainerBRN_1epochs"
+    workspace.train(4, "3d_fullres", 0, trainer, "small", "-pretrained_weights", weights)
+    fold = workspace.model(DATASET, trainer, "small", "3d_fullres") / "fold_0"
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["network_weights"]["encoder.stages.0.0.convs.0.norm.num_batches_tracked"] == 10
