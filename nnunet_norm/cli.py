@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -66,6 +67,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it ended well, 2 after a refusal that stands on stderr in one line."""
     argv = sys.argv[1:] if argv is None else argv
+    # timm, which nnU-Net imports with its architectures, uses it; a refusal should not stand below somebody else's warning.
+    warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
     args = build_parser(argv).parse_args(argv)
     try:
         importlib.import_module(_module_of(args.command)).run(args)
