@@ -134,10 +134,11 @@ def notes() -> str:
     return (
         f"Tiles of {TILE_SIZE} x {TILE_SIZE} voxels, the patch of the training; the halo predictor cuts {HALO_SIZE} voxels "
         "off at every side, nnU-Net's blends with a step of half a tile; neither mirrors. Tile mismatch, max dist (of "
-        f"logits) and labels changed compare two predictions of the test image whose tile grids are shifted by {SHIFT} voxels, box by box. "
-        "Seconds are those of the tiles alone, without loading and export. InstanceNorm normalizes in the same way in train "
-        "and in eval mode, so its disparity is 0 by construction; that of BatchRenorm is near 0 once its limits are open, if "
-        "its running statistics are good. One seed and minutes of training: differences of Dice are no benchmark."
+        "logits) and labels changed compare two predictions of the test image whose tile grids are shifted by "
+        f"{SHIFT} voxels, box by box. Seconds are those of the tiles alone, without loading and export. InstanceNorm "
+        "normalizes in the same way in train and in eval mode, so its disparity is 0 by construction; that of BatchRenorm is "
+        "near 0 once its limits are open, if its running statistics are good. One seed and minutes of training: differences "
+        "of Dice are no benchmark."
     )
 
 

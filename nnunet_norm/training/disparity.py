@@ -104,7 +104,12 @@ def nanmean(values: list[float]) -> float:
 
 
 def measure_disparity(
-    network: nn.Module, data: Tensor, *, regions: bool, autocast: AbstractContextManager[Any] | None = None
+    network: nn.Module,
+    data: Tensor,
+    *,
+    regions: bool,
+    autocast: AbstractContextManager[Any] | None = None,
+    across_processes: bool = True,
 ) -> DisparityCounts:
     """Run one batch through ``network`` with its norms in eval and in train mode.
 
@@ -115,11 +120,12 @@ def measure_disparity(
         data: ``(N, C, *spatial)`` on the network's device.
         regions: Whether the channels are regions instead of labels.
         autocast: Context for the forward passes, entered once.
+        across_processes: See :func:`norms_in_train_mode`.
     """
     renorms = [layer for layer in network.modules() if isinstance(layer, (BatchRenorm2d, BatchRenorm3d))]
     with torch.no_grad(), autocast or nullcontext():
         evaluated = class_masks(first_output(network(data)), regions=regions)
-        with norms_in_train_mode(network), _observed(renorms) as sums:
+        with norms_in_train_mode(network, across_processes=across_processes), _observed(renorms) as sums:
             train = dice_counts(class_masks(first_output(network(data)), regions=regions), evaluated).cpu()
         batch = None
         if renorms:

@@ -1,19 +1,27 @@
 """Networks in the mode that a measurement needs, and back again under every exit."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import MethodType
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunet_norm.layers import find_norms
 
 
 @contextmanager
-def norms_in_train_mode(network: nn.Module) -> Iterator[None]:
+def norms_in_train_mode(network: nn.Module, *, across_processes: bool = True) -> Iterator[None]:
     """Inside, the norms of ``network`` are in train mode and everything else (dropout) stays as it is.
 
     Afterwards training flags and buffers of the norms are what they were, to the last bit, in the same tensors.
+
+    Args:
+        network: The bare network.
+        across_processes: Whether SyncBatchNorm takes the statistics of all processes, for which each must run as many
+            batches; if not, it is BatchNorm inside.
     """
     norms = list(find_norms(network).values())
     flags = [norm.training for norm in norms]
@@ -21,10 +29,20 @@ def norms_in_train_mode(network: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.train()
     try:
-        yield
+        with nullcontext() if across_processes else _local(norms):
+            yield
     finally:
         for norm, flag in zip(norms, flags, strict=True):
             norm.train(flag)
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+
+
+@contextmanager
+def _local(norms: Iterable[nn.Module]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for norm in norms:
+            if isinstance(norm, nn.SyncBatchNorm):
+                stack.enter_context(patch.object(norm, "forward", MethodType(_BatchNorm.forward, norm)))
+        yield

@@ -69,8 +69,14 @@ class ValidationPredictor(HaloPredictor):
             return
         data = torch.stack(self._batch).to(self.device)
         self._batch = []
-        regions = self.trainer.label_manager.has_regions
-        self.counts += measure_disparity(self.bare_network, data, regions=regions, autocast=self.trainer.autocast())
+        # Processes predict different numbers of cases, so none may wait for another; and a batch is a whole one here.
+        self.counts += measure_disparity(
+            self.bare_network,
+            data,
+            regions=self.trainer.label_manager.has_regions,
+            autocast=self.trainer.autocast(),
+            across_processes=False,
+        )
 
     def _tile(self, image: Tensor, logits: Tensor) -> Tensor:
         patch_size = self.configuration_manager.patch_size

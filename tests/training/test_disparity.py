@@ -118,3 +118,25 @@ def test_the_default_keeps_within_its_share_of_an_epoch(iterations, validation, 
     assert default_disparity_batches(iterations, validation) == batches
     if batches > 1:
         assert 4 * batches <= 0.05 * (3 * iterations + validation)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sync_batch_norm_need_not_wait_for_other_processes(process_group):
+    """Ranks validate different numbers of cases: a collective in the measurement would hang. On the CPU it raises."""
+    x = torch.randn(4, 1, 8, 8)
+    expected = measure_disparity(network(nn.BatchNorm2d), x, regions=False)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(network(nn.BatchNorm2d)).eval()
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        measure_disparity(net, x, regions=False)
+    flags, state = traces(net)
+    assert torch.equal(measure_disparity(net, x, regions=False, across_processes=False).train, expected.train)
+    assert traces(net)[0] == flags
+    assert all(torch.equal(value, state[key][1]) for key, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        measure_disparity(net, x, regions=False)
