@@ -27,6 +27,13 @@ LARGEST_SEED = 2**32 - 1
 """NumPy's legacy generator, which nnU-Net's augmentation uses, takes 32 bits."""
 
 
+SLOWEST_MOMENTUM, FASTEST_MOMENTUM = 0.01, 0.1
+"""Bounds of BatchRenorm's momentum where none is set: Ioffe's 0.01 (2017, section 4.2), and the default of torch."""
+
+AVERAGES_PER_TRAINING = 60
+"""A training is at least so many times as long as what its running statistics average over."""
+
+
 def _refuse(key: str, value: object, wanted: str) -> PlansError:
     return PlansError(f"plans: {BLOCK}.{key} is {value!r}; it must be {wanted}")
 
@@ -66,7 +73,8 @@ class BatchRenormSettings:
     share ``ramp`` after it the limits grow gradually to ``r_max`` and ``d_max``, and stay there.
 
     Attributes:
-        momentum: weight of the newest batch in the running statistics, in (0, 1].
+        momentum: weight of the newest batch in the running statistics, in (0, 1]; None: by the length of the training, see
+            ``momentum_over``.
         r_max: final limit of the ratio of standard deviations, at least 1.
         d_max: final limit of the shift in standard deviations, at least 0.
         warmup: share of all planned iterations with plain BatchNorm.
@@ -79,7 +87,7 @@ class BatchRenormSettings:
         Ioffe 2017, arXiv:1702.03275, section 4.1, for the end points 3 and 5 and the gradual growth.
     """
 
-    momentum: float = 0.01
+    momentum: float | None = None
     r_max: float = 3.0
     d_max: float = 5.0
     warmup: float = 0.4
@@ -94,6 +102,8 @@ class BatchRenormSettings:
             "ramp": ("a share from 0 to 1", lambda value: 0 <= value <= 1),
         }
         for key, (words, holds) in wanted.items():
+            if getattr(self, key) is None and key == "momentum":
+                continue
             value = _require_number(f"batch_renorm.{key}", getattr(self, key), words)
             if not holds(value):
                 raise _refuse(f"batch_renorm.{key}", getattr(self, key), words)
@@ -102,6 +112,17 @@ class BatchRenormSettings:
         if self.warmup + self.ramp > 1 + 1e-9:
             shares = f"{self.warmup} + {self.ramp}"
             raise PlansError(f"plans: {BLOCK}.batch_renorm: warmup + ramp is {shares}; together they are at most 1")
+
+    def momentum_over(self, planned: int) -> float:
+        """``momentum`` for a training of ``planned`` iterations.
+
+        If none is set: 0.01, and in trainings of fewer than 6000 iterations more, up to torch's 0.1 at 600 and below. The
+        statistics are an average over about 1 / momentum iterations; if the weights move far meanwhile, they lag behind,
+        and a short training ends with statistics that fit none of its networks.
+        """
+        if self.momentum is not None:
+            return self.momentum
+        return min(max(SLOWEST_MOMENTUM, AVERAGES_PER_TRAINING / planned), FASTEST_MOMENTUM)
 
     @classmethod
     def from_block(cls, block: Mapping[str, Any]) -> Self:

@@ -29,7 +29,7 @@ def test_a_configuration_without_the_block_has_the_defaults() -> None:
     settings = NormSettings.from_configuration({"batch_size": 2})
     assert settings == NormSettings()
     assert (settings.num_iterations_per_epoch, settings.seed, settings.initial_lr) == (None, None, None)
-    assert settings.batch_renorm == BatchRenormSettings(momentum=0.01, r_max=3.0, d_max=5.0, warmup=0.4, ramp=0.3)
+    assert settings.batch_renorm == BatchRenormSettings(momentum=None, r_max=3.0, d_max=5.0, warmup=0.4, ramp=0.3)
     assert settings.to_block() == {}
 
 
@@ -111,3 +111,9 @@ def test_settings_cannot_be_changed() -> None:
     """Enforces that settings are frozen, so that what the log says is what was used."""
     with pytest.raises(AttributeError, match="cannot assign"):
         NormSettings().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("planned", "momentum"), [(10, 0.1), (600, 0.1), (1200, 0.05), (6000, 0.01), (250_000, 0.01)])
+def test_running_statistics_average_over_a_small_part_of_the_training(planned, momentum):
+    assert BatchRenormSettings().momentum_over(planned) == pytest.approx(momentum)
+    assert BatchRenormSettings(momentum=0.3).momentum_over(planned) == 0.3

@@ -23,9 +23,6 @@ DATASET_ID = str(int(DATASET[7:10]))
 ITERATIONS = 100
 """Optimizer steps per epoch; nnU-Net's 250 would not fit into minutes on a CPU."""
 
-MOMENTUM = 0.1
-"""Of BatchRenorm's running statistics: within a few hundred steps the default of 0.01 lags behind the weights."""
-
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
 TEST_CASE = next(f"brain_z{slab.start:03d}_0" for slab in data.SLABS if slab.role == "test")
@@ -110,7 +107,6 @@ def make_plans(space: Workspace) -> None:
         base_features=8,
         iterations_per_epoch=ITERATIONS,
         val_iterations_per_epoch=5,
-        batch_renorm={"momentum": MOMENTUM},
         seed=space.settings.seed,
     )
     save_plans(plans, space.preprocessed)

@@ -137,8 +137,9 @@ def notes() -> str:
         "logits) and labels changed compare two predictions of the test image whose tile grids are shifted by "
         f"{SHIFT} voxels, box by box. Seconds are those of the tiles alone, without loading and export. InstanceNorm "
         "normalizes in the same way in train and in eval mode, so its disparity is 0 by construction; that of BatchRenorm is "
-        "near 0 once its limits are open, if its running statistics are good. One seed and minutes of training: differences "
-        "of Dice are no benchmark."
+        "near 0 once its limits are open, if its running statistics are good. Cases are scaled to 0..1 by their own "
+        "extremes; with z-scores, which depend on the air in a slab, BatchRenorm was worse than InstanceNorm on the test "
+        "slab. One seed and minutes of training: differences of Dice are no benchmark."
     )
 
 

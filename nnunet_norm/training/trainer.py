@@ -103,18 +103,13 @@ class NormTrainer(nnUNetTrainer):
         network = super().build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        configuration = configuration_manager.configuration
-        architecture = configuration["architecture"]["arch_kwargs"]
-        if cls.norm is None or ("norm_op" in architecture and named_norm(architecture) == cls.norm != "batch_renorm"):
+        architecture = configuration_manager.network_arch_init_kwargs
+        if cls.norm is None or ("norm_op" in architecture and named_norm(architecture) == cls.norm):
             return network
         if not find_norms(network):
             name = configuration_manager.network_arch_class_name
             raise PlansError(f"plans: {name} as configured has no norms that {cls.__name__} could exchange")
-        kwargs = {}
-        if cls.norm == "batch_renorm":
-            settings = NormSettings.from_configuration(configuration).batch_renorm
-            kwargs = {"momentum": settings.momentum, "r_max": settings.r_max, "d_max": settings.d_max}
-        return convert_norm(network, cls.norm, **kwargs)
+        return convert_norm(network, cls.norm)
 
     @property
     def bare_network(self) -> nn.Module:
@@ -154,14 +149,23 @@ class NormTrainer(nnUNetTrainer):
         if not self.renorms:
             return
         planned = self.num_epochs * self.num_iterations_per_epoch
-        shares = self.settings.batch_renorm
-        warmup, ramp = round(shares.warmup * planned), round(shares.ramp * planned)
+        settings = self.settings.batch_renorm
+        values = {
+            "momentum": settings.momentum_over(planned),
+            "r_max": settings.r_max,
+            "d_max": settings.d_max,
+            "warmup_steps": round(settings.warmup * planned),
+            "ramp_steps": round(settings.ramp * planned),
+        }
+        # With nnUNetTrainerNorm, what the plans give the norm itself has its home there and holds.
+        in_plans = self.configuration_manager.network_arch_init_kwargs.get("norm_op_kwargs") or {}
         for layer in self.renorms:
-            layer.warmup_steps, layer.ramp_steps = warmup, ramp
+            for name, value in values.items():
+                setattr(layer, name, in_plans.get(name, value))
         first = self.renorms[0]
         self.print_to_log_file(
-            f"BatchRenorm: BatchNorm for {warmup} of {planned} iterations, then limits that open over {ramp} to "
-            f"r_max={first.r_max}, d_max={first.d_max}"
+            f"BatchRenorm: BatchNorm for {first.warmup_steps} of {planned} iterations, then limits that open over "
+            f"{first.ramp_steps} to r_max={first.r_max}, d_max={first.d_max}; momentum {first.momentum:.3g}"
         )
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str) -> None:

@@ -132,7 +132,10 @@ def test_brn_opens_its_limits_by_shares_of_the_planned_iterations(dataset):
     trainer.initialize()
     layer = trainer.renorms[0]
     assert (layer.warmup_steps, layer.ramp_steps) == (12, 9)  # 40 % and 30 % of 10 epochs with 3 iterations
-    assert "BatchNorm for 12 of 30 iterations, then limits that open over 9 to r_max=3.0, d_max=5.0" in log_of(trainer)
+    assert (
+        "BatchNorm for 12 of 30 iterations, then limits that open over 9 to r_max=3.0, d_max=5.0; momentum 0.1"
+        in log_of(trainer)
+    )
 
 
 def test_brn_takes_its_settings_from_the_plans_block(dataset):
@@ -282,6 +285,15 @@ def test_the_same_norm_in_plans_and_name_is_no_contradiction(dataset, name):
     trainer.initialize()
     assert {type(m) for m in find_norms(trainer.network).values()} == {GroupNorm}
     assert find_norms(trainer.network)["encoder.stages.0.0.convs.0.norm"].num_groups == 2
+
+
+def test_brn_of_the_plans_keeps_what_the_plans_give_it_and_takes_the_rest_from_the_block(dataset):
+    changes = {"norm_op": "nnunet_norm.layers.BatchRenorm3d", "norm_op_kwargs": {"r_max": 2.0, "warmup_steps": 4}}
+    dataset.plans(name="own", batch_renorm={"d_max": 1.5, "ramp": 0.5}, **changes)
+    trainer = dataset.trainer("nnUNetTrainerNorm_10epochs", plans="own")
+    trainer.initialize()
+    layer = trainer.renorms[0]
+    assert (layer.r_max, layer.d_max, layer.warmup_steps, layer.ramp_steps) == (2.0, 1.5, 4, 15)
 
 
 def test_settings_of_brn_in_two_places_are_refused(dataset):
