@@ -13,15 +13,6 @@ from nnunet_norm.layers import BatchRenorm2d
 from nnunet_norm.receptive_field import effective, theoretical, trace
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Arrays here are too small to be worth sharing out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def unet(
     kind=PlainConvUNet, *, conv=nn.Conv2d, stages=3, features=2, kernels=3, strides=None, norm=nn.BatchNorm2d, **options
 ):

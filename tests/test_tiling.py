@@ -13,15 +13,6 @@ from nnunet_norm.receptive_field import trace
 from nnunet_norm.tiling import intersection, padded_shape, plan_tiles, smallest_tile
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Arrays here are too small to be worth sharing out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @st.composite
 def tilings(draw):
     """Arguments of plan_tiles that fulfil its conditions, for 1 to 3 axes."""

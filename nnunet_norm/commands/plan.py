@@ -7,16 +7,15 @@ Every stage of a cascade is derived together: batch and patch for the configurat
 """
 
 import argparse
-import contextlib
 import importlib
-import logging
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.errors import PlansError, SetupError
 from nnunet_norm.planning import cascade, derive_plans, load_plans, resolve_configuration, save_plans
 
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     derive = derive_plans if args.recipe is None else _recipe(args.recipe)
     dataset, folder = _dataset(args.d)
     plans = load_plans(folder, args.p)
-    with _notes_printed():
+    with messages_shown():
         derived = derive(plans, args.c, plans_name=args.plans_name, **options)
     path = save_plans(derived, folder, overwrite=args.overwrite)
     print(f"\n{path}\n")
@@ -126,22 +125,6 @@ def _dataset(name_or_id: str) -> tuple[str, str]:
     except (RuntimeError, ValueError) as error:  # what nnU-Net raises for no, several or a misspelt dataset
         raise SetupError(f"-d {name_or_id}: {' '.join(str(error).split())}") from error
     return name, f"{nnUNet_preprocessed}/{name}"
-
-
-@contextlib.contextmanager
-def _notes_printed() -> Iterator[None]:
-    """Print what the library has to say while plans are derived: corrections, and who follows whom."""
-    logger = logging.getLogger("nnunet_norm")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

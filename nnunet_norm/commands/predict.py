@@ -8,13 +8,10 @@ Takes the flags of nnUNetv2_predict; -m names a model folder in place of -d, -tr
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.model import add_model_arguments, fold, model_folder
 from nnunet_norm.errors import SetupError, TilingError
 
@@ -84,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         tile_size=args.tile_size,
         halo=halo,
     )
-    with _log_on_stdout():
+    with messages_shown():
         predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)
         predictor.predict_from_files(
             args.i,
@@ -132,21 +129,6 @@ def _device(name: str) -> torch.device:
         torch.set_num_threads(1)
         torch.set_num_interop_threads(1)
     return torch.device(name)
-
-
-@contextmanager
-def _log_on_stdout() -> Iterator[None]:
-    """Show what the library logs, among it the tiles and the halo."""
-    logger = logging.getLogger("nnunet_norm")
-    handler = logging.StreamHandler(sys.stdout)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def _default(variable: str) -> int:

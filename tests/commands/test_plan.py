@@ -45,7 +45,7 @@ def test_plans_are_derived_saved_and_explained(folder: Path, capsys: pytest.Capt
     assert (configuration["batch_size"], configuration["patch_size"]) == (16, [64, 152, 160])
     assert configuration["nnunet_norm"] == {"seed": 0}
     printed = capsys.readouterr()
-    assert "WARNING: 3d_fullres: patch size 64x150x160 is not divisible by the total stride 4x8x8" in printed.err
+    assert "3d_fullres: patch size 64x150x160 is not divisible by the total stride 4x8x8" in printed.out
     rows = [line.split(maxsplit=2) for line in printed.out.splitlines() if " -> " in line]
     assert ["3d_fullres", "batch_size", "2 -> 16"] in rows
     assert ["3d_fullres", "patch_size", "[80, 160, 160] -> [64, 152, 160]"] in rows

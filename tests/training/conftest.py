@@ -105,10 +105,7 @@ def nnunet_environment(tmp_path, monkeypatch):
     )
     # nnU-Net draws its picture of 16 million pixels after every epoch.
     monkeypatch.setattr(NormLogger, "plot_progress_png", lambda self, output_folder: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small are slower on more
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 @pytest.fixture
