@@ -146,7 +146,8 @@ class NormSettings:
         num_iterations_per_epoch: optimizer steps per epoch (nnU-Net: 250).
         num_val_iterations_per_epoch: validation batches per epoch (nnU-Net: 50).
         initial_lr: learning rate at the start (nnU-Net: 0.01).
-        seed: of weights, sampling and augmentation; None leaves runs unseeded, as nnU-Net does.
+        seed: of the weights, and of sampling and augmentation where they run in the training process
+            (``nnUNet_n_proc_DA=0``; nnU-Net's workers seed themselves); None leaves runs unseeded, as nnU-Net does.
         disparity_batches: validation batches on which train/eval disparity is measured.
         batch_renorm: the schedule of BatchRenorm.
 

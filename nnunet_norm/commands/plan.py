@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--iterations-per-epoch", type=int, metavar="N", help="optimizer steps per epoch")
     changes.add_argument("--val-iterations-per-epoch", type=int, metavar="N", help="validation batches per epoch")
     changes.add_argument("--initial-lr", type=float, metavar="F", help="learning rate at the start")
-    changes.add_argument("--seed", type=int, metavar="N", help="of weights, sampling and augmentation")
+    changes.add_argument("--seed", type=int, metavar="N", help="of weights; with nnUNet_n_proc_DA=0 of all else too")
     changes.add_argument("--disparity-batches", type=int, metavar="N", help="batches on which disparity is measured")
     changes.add_argument(
         "--batch-renorm", type=_setting, nargs="+", metavar="KEY=F", help="momentum, r_max, d_max, warmup, ramp"

@@ -79,16 +79,18 @@ def _step(
     """The r and d of this batch from the statistics before it; then the running statistics take this batch in.
 
     The weight of the newest batch is ``max(momentum, 1 / t)`` at step t (torch's cumulative average, then its exponential
-    one), so that the zeros and ones which the buffers begin with have no part in them after the first step.
+    one), so that the zeros and ones which the buffers begin with have no part in them after the first step. With limits
+    that never open it is ``momentum``, as in BatchNorm.
     """
     steps = num_batches_tracked.to(mean.dtype)
     limits = scheduled_limits(steps, warmup_steps, ramp_steps, r_max, d_max)
     # The buffers may be half precision in a network that was cast as a whole; their arithmetic never is.
     old_mean, old_var = running_mean.to(mean.dtype), running_var.to(var.dtype)
     r, d = _clip(*_correction(mean, var, old_mean, old_var, eps), limits)
-    weight = 1 / (steps + 1)
-    if momentum is not None:
-        weight = weight.clamp(min=momentum)
+    if momentum is not None and r_max == 1 and d_max == 0:
+        weight = torch.full_like(steps, momentum)  # BatchNorm's own average
+    else:
+        weight = (1 / (steps + 1)).clamp(min=momentum or 0.0)
     unbiased = var * (count / (count - 1))
     updated = torch.lerp(old_mean, mean, weight), torch.lerp(old_var, unbiased, weight)
     _update_if_finite((running_mean, running_var), updated, num_batches_tracked)

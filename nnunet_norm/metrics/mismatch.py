@@ -10,9 +10,11 @@ import torch
 
 from nnunet_norm.metrics.dice import class_masks, dice
 
-_ROUNDING = 100
+_ROUNDING = {"float16": 8, "bfloat16": 8}
+_ROUNDING_ELSE = 100
 """Units in the last place of the largest logit that rounding alone explains: sums of thousands of products, layer upon
-layer, in another order. A norm that sees the tile is off by units of the first place."""
+layer, in another order. Half precision sums in single and rounds once a layer. A norm that sees the tile is off by units
+of the first place."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class TileMismatch:
         """Whether ``max_dist`` is not zero, and no more than the rounding of this precision."""
         if not self.max_dist:
             return False
-        return self.max_dist <= _ROUNDING * torch.finfo(getattr(torch, self.dtype)).eps * self.max_logit
+        units = _ROUNDING.get(self.dtype, _ROUNDING_ELSE)
+        return self.max_dist <= units * torch.finfo(getattr(torch, self.dtype)).eps * self.max_logit
 
     @property
     def verdict(self) -> str:
@@ -69,14 +72,21 @@ class PairDifference:
     dtype: str
 
 
-def compare_pair(first: Any, second: Any, *, regions: bool = False) -> PairDifference:
-    """Compare logits ``(C, *box)`` of the same voxels from two tiles; see :func:`tile_mismatch`."""
+def compare_pair(first: Any, second: Any, *, regions: bool = False, dtype: torch.dtype | None = None) -> PairDifference:
+    """Compare logits ``(C, *box)`` of the same voxels from two tiles; see :func:`tile_mismatch`.
+
+    Args:
+        first: From one tile.
+        second: From the other.
+        regions: Whether the channels are regions (sigmoid) instead of labels (softmax).
+        dtype: Precision in which they were computed, if they were converted since.
+    """
     a, b = torch.as_tensor(first), torch.as_tensor(second)
     return PairDifference(
         dice=tuple(dice(class_masks(a[None], regions=regions), class_masks(b[None], regions=regions)).tolist()),
         max_dist=(a - b).abs().max().item(),
         max_logit=_largest([a.abs().max().item(), b.abs().max().item()]),
-        dtype=str(a.dtype).removeprefix("torch."),
+        dtype=str(dtype or a.dtype).removeprefix("torch."),
     )
 
 

@@ -116,7 +116,7 @@ def derive_plans(
             dotted path that leads nowhere, a cascade that is not mapped both ways, or plans of the old format.
     """
     # Only the parameters are local yet; OPTIONS takes those that are changes.
-    asked = _asked({name: value for name, value in locals().items() if name in OPTIONS})
+    asked = _asked({name: value for name, value in dict(locals()).items() if name in OPTIONS})
     named = list(dict.fromkeys([configuration] if isinstance(configuration, str) else configuration))
     everyone = list(dict.fromkeys(stage for name in named for stage in cascade(plans, name)))
     changes: dict[str, Configuration] = {}

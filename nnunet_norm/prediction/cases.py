@@ -98,7 +98,7 @@ class CasePredictor(nnUNetPredictor):
             InputImageError: before anything starts, what is missing; at the end, the cases that were left out.
             OutputError: a file cannot be written; nothing half-written is left under a final name.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
+        arguments = {name: value for name, value in dict(locals()).items() if name != "self"}
         cases = list_of_lists_or_source_folder
         if isinstance(cases, str):
             cases = checks.find_cases(cases, self.dataset_json["file_ending"])

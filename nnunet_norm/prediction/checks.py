@@ -199,6 +199,8 @@ def _wrong_channels(cases: Sequence[Sequence[str]], found: int, channels: Sequen
 def _read(load: Callable[[], T], what: str) -> T:
     try:
         return load()
+    except MemoryError:
+        raise
     except Exception as error:
         # Whatever a reader raises (there are many, each with its own exceptions), it is about these files.
         why = str(error).strip() or f"{type(error).__name__}, or its channels differ in shape or spacing"

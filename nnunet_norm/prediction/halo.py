@@ -34,7 +34,8 @@ class Decision:
         stride: the network's total stride.
         tile_size: extent of a tile; an image below it is one tile.
         halo: (before, after) that is cut away at tile sides inside the image.
-        source: per axis where the halo comes from: theoretical, effective, given, or none needed.
+        source: per axis where the halo comes from: theoretical, effective, given, none needed, or half of the tile where the
+            effective one cannot be measured.
         exact: whether the result is that of the whole image in one pass, apart from rounding.
         reason: why it is exact or not.
         statistics: "fixed", or "tile" where a layer normalizes with the statistics of its tile.
@@ -141,7 +142,7 @@ def decide(
     halo: str | int | Sequence[int] = "auto",
     mirror_axes: Sequence[int] = (),
     slices: int = 1,
-    effective: Callable[[], Sides],
+    effective: Callable[[], Sides | None],
 ) -> Decision:
     """Choose tile and halo for one image.
 
@@ -153,7 +154,7 @@ def decide(
         halo: one of ``HALO_WORDS``, or voxels: one number for all axes or one per axis.
         mirror_axes: spatial axes that are mirrored; on them both halos are the larger of the two.
         slices: how many slices of this shape there are.
-        effective: measures the effective reach on this image; called only if it is needed.
+        effective: measures the effective reach on this image, or gives None; called only if it is needed.
 
     Raises:
         TilingError: a halo that leaves no core of the tile, or an exact one that does not fit or does not exist.
@@ -164,7 +165,7 @@ def decide(
     axes = [_Axis(s, p, t, growth * t) for s, p, t in zip(field.stride, padded, tile, strict=True)]
     full = None if why_never_exact(field) else _mirrored(_aligned_halo(field), mirror_axes)
     if isinstance(halo, str):
-        edges, sides, word = _named(halo, axes, field, full, tile_is_given, lambda: _mirrored(effective(), mirror_axes))
+        edges, sides, word = _named(halo, axes, field, full, tile_is_given, effective, mirror_axes)
     else:
         edges, sides, word = _given(_per_axis("halo", halo, len(axes), minimum=0), axes)
     inner = [axis.padded > edge for axis, edge in zip(axes, edges, strict=True)]
@@ -227,7 +228,8 @@ def _named(
     field: ReceptiveField,
     full: Sides | None,
     tile_is_given: bool,
-    effective: Callable[[], Sides],
+    effective: Callable[[], Sides | None],
+    mirror_axes: Sequence[int],
 ) -> Choice:
     """The choice for one of ``HALO_WORDS``. The exact halo is all or nothing: one axis short of it is not exact."""
     tile = tuple(axis.tile for axis in axes)
@@ -243,10 +245,12 @@ def _named(
             raise TilingError(f"halo 'exact' does not fit tiles of {by(tile)}: {_remedy(full, field)}")
     if all(axis.padded <= axis.tile for axis in axes):
         return tile, ((0, 0),) * len(axes), "effective"
-    sides = effective()
+    measured = effective()
+    sides = ((max(tile),) * 2,) * len(axes) if measured is None else _mirrored(measured, mirror_axes)
     if full is not None:
         sides = tuple((min(b, f), min(a, g)) for (b, a), (f, g) in zip(sides, full, strict=True))
-    return tile, tuple(axis.cap(pair) for axis, pair in zip(axes, sides, strict=True)), "effective"
+    source = "half of the tile" if measured is None else "effective"
+    return tile, tuple(axis.cap(pair) for axis, pair in zip(axes, sides, strict=True)), source
 
 
 def _reason(exact: bool, inner: bool, field: ReceptiveField, full: Sides | None) -> str:

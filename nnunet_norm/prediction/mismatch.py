@@ -22,7 +22,7 @@ Pair = tuple[Box, Box, Box]
 
 
 def measure_tile_pairs(
-    predictor: HaloPredictor, image: Tensor, max_pairs: int = 12, seed: int = 0
+    predictor: HaloPredictor, image: Tensor, max_pairs: int = 12, seed: int = 0, *, plan: TilesPlan | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Predict the same voxels from two tiles, again and again.
 
@@ -35,11 +35,12 @@ def measure_tile_pairs(
         image: preprocessed, (C, x, y, z).
         max_pairs: how many pairs at most.
         seed: chooses among the shifts of a tile.
+        plan: how the image was predicted, if it has been.
 
     Yields:
         Logits (K, *box) of the same box from either tile, float32 or better, on the CPU.
     """
-    plan = predictor.plan(image)
+    plan = plan or predictor.plan(image)
     in_order = [plane for _, plane in planes(image, len(plan.shape))]
     slices = [in_order[z] for z in sorted(range(len(in_order)), key=lambda z: abs(2 * z + 1 - len(in_order)))]
     pairs = _pairs(plan, max_pairs, seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -23,7 +25,7 @@ def check_model_folder(folder: str, folds: Sequence[int | str] | str | None, che
         checkpoint_name: the checkpoint's file name in every fold.
 
     Raises:
-        ModelFolderError: the folder, plans.json, dataset.json, a fold or a checkpoint is missing.
+        ModelFolderError: the folder, plans.json, dataset.json, a fold or a checkpoint is missing or not whole.
     """
     if not os.path.isdir(folder):
         parent = os.path.dirname(os.path.abspath(folder))
@@ -35,6 +37,7 @@ def check_model_folder(folder: str, folds: Sequence[int | str] | str | None, che
             raise ModelFolderError(
                 f"{name} is missing in model folder {folder!r}; it has: {', '.join(there) or 'nothing'}"
             )
+        _require_json(os.path.join(folder, name))
     complete = [
         name[len("fold_") :]
         for name in _folders(folder, "fold_")
@@ -48,6 +51,9 @@ def check_model_folder(folder: str, folds: Sequence[int | str] | str | None, che
             f"model folder {folder!r} has no {checkpoint_name} for fold {', '.join(missing) or '0 to 4'}; "
             f"folds that have it (choose with -f): {', '.join(complete) or 'none'}"
         )
+    for path in (os.path.join(folder, f"fold_{fold}", checkpoint_name) for fold in wanted):
+        if not zipfile.is_zipfile(path):  # as torch writes it; a file that was cut off is none
+            raise ModelFolderError(f"checkpoint {path!r} is not whole: copy it again, or train the fold anew")
 
 
 @contextmanager
@@ -100,6 +106,14 @@ def _first_mismatch(text: str) -> str:
     keys = re.search(r'(Missing|Unexpected) key\(s\) in state_dict: "(.*?)"', text)
     assert keys, text
     return f"{keys[2]} is {keys[1].lower()}"
+
+
+def _require_json(path: str) -> None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            json.load(file)
+    except ValueError as error:
+        raise ModelFolderError(f"{path!r} is no JSON ({error}): copy the model again") from error
 
 
 def _folders(parent: str, prefix: str) -> list[str]:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
 from nnunet_norm.prediction.cases import CasePredictor
 from nnunet_norm.prediction.checks import require_finite
-from nnunet_norm.prediction.execution import TilesPlan, planes, read
-from nnunet_norm.prediction.halo import HALO_WORDS, Decision, Sides, by, decide, planned_shape, tile_shape
+from nnunet_norm.prediction.execution import ExecutionPlan, TilesPlan, planes, read
+from nnunet_norm.prediction.halo import HALO_WORDS, Decision, Sides, decide, planned_shape, tile_shape
 from nnunet_norm.receptive_field import ReceptiveField, effective, trace
 from nnunet_norm.tiling import plan_tiles
 
@@ -37,8 +37,8 @@ class HaloPredictor(CasePredictor):
     one pass. For networks that normalize with the statistics of the tile (InstanceNorm, GroupNorm) no halo can do that;
     images smaller than the tile are then zero-padded to it, because that is what the statistics were in training.
 
-    ``last_decision`` tells how the last image was predicted. For several folds it is that of the last fold; folds differ
-    only where the halo is the effective one, which is measured on each fold's own weights.
+    ``last_decision`` tells how the last image was predicted, ``network_dtype`` in which precision. For several folds it is
+    that of the last fold; folds differ only where the halo is the effective one, measured on each fold's own weights.
 
     Files are read, checked and written by ``CasePredictor``.
 
@@ -91,7 +91,8 @@ class HaloPredictor(CasePredictor):
             raise TilingError(f"halo {halo!r} is unknown: choose {', '.join(HALO_WORDS)} or a number of voxels")
         self.tile_size = tile_size
         self.halo = halo
-        self.last_decision: Decision | None = None
+        self.last_plan: TilesPlan | None = None
+        self.network_dtype: torch.dtype | None = None
         self._fields: WeakKeyDictionary[nn.Module, ReceptiveField] = WeakKeyDictionary()
         self._said: set[str] = set()
 
@@ -102,6 +103,11 @@ class HaloPredictor(CasePredictor):
         if network not in self._fields:
             self._fields[network] = trace(network)
         return self._fields[network]
+
+    @property
+    def last_decision(self) -> Decision | None:
+        """How the last image was predicted."""
+        return self.last_plan.decision if self.last_plan else None
 
     @property
     def mirror_axes(self) -> tuple[int, ...]:
@@ -147,7 +153,7 @@ class HaloPredictor(CasePredictor):
         empty_cache(self.device)
         plan = self.plan(input_image)
         self._say(plan.describe())
-        self.last_decision = plan.decision
+        self.last_plan = plan
         with torch.inference_mode(), self._precision():
             logits = self._run(plan, input_image)
         empty_cache(self.device)
@@ -163,7 +169,7 @@ class HaloPredictor(CasePredictor):
         """See ``CasePredictor.record``."""
         return self.last_decision.as_dict() if self.last_decision else None
 
-    def _run(self, plan: TilesPlan, image: Tensor) -> Tensor:
+    def _run(self, plan: ExecutionPlan, image: Tensor) -> Tensor:
         """Result and image on the device if they may lie there and fit, else on the CPU."""
         if self.perform_everything_on_device:
             try:
@@ -174,13 +180,12 @@ class HaloPredictor(CasePredictor):
         try:
             return self._run_on(torch.device("cpu"), plan, image)
         except torch.OutOfMemoryError as error:
-            tile = plan.decision.tile_size
             raise TilingError(
-                f"a tile of {by(tile)} does not fit into the device's memory: choose a smaller --tile-size, and with "
-                f"it a smaller --halo if the exact one does not fit"
+                f"the device's memory is too small ({plan.describe()}): choose a smaller --tile-size, and with it a smaller "
+                "--halo if the exact one does not fit"
             ) from error
 
-    def _run_on(self, device: torch.device, plan: TilesPlan, image: Tensor) -> Tensor:
+    def _run_on(self, device: torch.device, plan: ExecutionPlan, image: Tensor) -> Tensor:
         with tqdm(total=plan.steps, disable=not self.allow_tqdm) as bar:
             return plan.run(lambda batch: self._average(batch, self.mirror_axes), image.to(device), bar.update)
 
@@ -194,7 +199,9 @@ class HaloPredictor(CasePredictor):
         """Logits averaged over the passes that are mirrored along every combination of the axes, none included."""
         batch = batch.to(self.device)
         network = self.bare_network
-        total = _promoted(network(batch))
+        output = network(batch)
+        self.network_dtype = output.dtype
+        total = _promoted(output)
         combinations = [
             [axis + 2 for axis in axes]
             for count in range(1, len(mirror_axes) + 1)
@@ -208,8 +215,12 @@ class HaloPredictor(CasePredictor):
         """Half precision on CUDA, as nnU-Net; elsewhere autocast is slow (CPU) or missing (MPS)."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
-    def _effective(self, image: Tensor, field: ReceptiveField) -> Sides:
-        """The effective reach on patches of this very image, spread over it; patches, as gradients need memory."""
+    def _effective(self, image: Tensor, field: ReceptiveField) -> Sides | None:
+        """The effective reach on patches of this very image, spread over it; None, and a line why, if it cannot be had.
+
+        Raises:
+            TilingError: it cannot be had, and it was asked for by name.
+        """
         shape = tuple(image.shape[-len(field.stride) :])
         patch, _ = tile_shape(None, self.configuration_manager.patch_size, field)
         places = [
@@ -222,8 +233,13 @@ class HaloPredictor(CasePredictor):
             probes = torch.cat([read(*places[i]) for i in chosen])
             try:
                 return effective(self.bare_network, probes.clone())
-            except ArchitectureError as error:
-                raise TilingError(f"no effective halo: {error}; choose --halo in voxels") from error
+            except (ArchitectureError, torch.OutOfMemoryError) as error:
+                why = str(error).splitlines()[0]
+                if self.halo == "erf":
+                    raise TilingError(f"no effective halo: {why}; choose --halo in voxels") from error
+        empty_cache(self.device)
+        self._say(f"no effective halo ({why}): half of the tile is cut away instead")
+        return None
 
     def _say(self, line: str | None) -> None:
         """Log a line once."""

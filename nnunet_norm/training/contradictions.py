@@ -1,7 +1,7 @@
 """Plans and a trainer's name that say different things are refused before anything is written."""
 
 from collections.abc import Mapping
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,10 @@ def named_norm(architecture: Mapping[str, Any]) -> str | None:
     path = architecture["norm_op"]
     if path is None:
         return "none"
-    norm_op: Any = locate(path)
+    try:
+        norm_op: Any = locate(path)
+    except ErrorDuringImport as error:
+        raise PlansError(f"plans: norm_op is {path!r}, which cannot be imported: {error.value}") from error
     if norm_op is None:
         raise PlansError(f"plans: norm_op is {path!r}, which cannot be imported; nnU-Net would train without norms")
     if norm_op in _STOCK:

@@ -15,7 +15,7 @@ class InitialStatistics:
 
     An exponential average with momentum p still has the share ``(1 - p) ** n`` of its initial value after n steps: 35 % after
     10 steps at 0.1. Without that share, rescaled, it is the average of the batches alone (the bias correction of Adam).
-    BatchRenorm does without: its average starts with the first batch.
+    BatchRenorm does without, unless its limits never open: its average starts with the first batch.
     """
 
     norms: tuple[tuple[_NormBase, dict[str, Tensor]], ...]
@@ -28,7 +28,7 @@ class InitialStatistics:
                 (norm, {name: getattr(norm, name).clone() for name in ("running_mean", "running_var")})
                 for norm in find_norms(network).values()
                 if isinstance(norm, _NormBase)
-                and not isinstance(norm, (BatchRenorm2d, BatchRenorm3d))
+                and not _starts_with_the_first_batch(norm)
                 and norm.running_mean is not None
                 and norm.momentum is not None
             )
@@ -45,3 +45,7 @@ class InitialStatistics:
             for name, value in initial.items():
                 buffer = getattr(norm, name)
                 buffer.copy_((buffer.double() - share * value.double()) / (1 - share))
+
+
+def _starts_with_the_first_batch(norm: nn.Module) -> bool:
+    return isinstance(norm, (BatchRenorm2d, BatchRenorm3d)) and (norm.r_max, norm.d_max) != (1, 0)

@@ -54,7 +54,7 @@ class NormLogger(LocalLogger):
         whole.paste(above, (0, 0))
         whole.paste(panel, (0, above.height))
         beside = path.with_suffix(".tmp.png")
-        whole.save(beside)
+        whole.save(beside, compress_level=1)  # 20 million pixels, after every epoch
         os.replace(beside, path)
 
     def _panel(self, width: int) -> Image.Image:

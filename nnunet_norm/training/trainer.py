@@ -136,7 +136,8 @@ class NormTrainer(nnUNetTrainer):
     def _seed(self, step: int) -> None:
         """Seed weights and sampling, anew every epoch so that a continued training draws what an uninterrupted one does.
 
-        Workers of the augmentation run in no fixed order: only without them (``nnUNet_n_proc_DA=0``) a run repeats exactly.
+        Workers of the augmentation seed themselves: only without them (``nnUNet_n_proc_DA=0``) sampling and augmentation are
+        seeded too, and a run repeats exactly.
         """
         if self.settings.seed is None:
             return
@@ -158,7 +159,8 @@ class NormTrainer(nnUNetTrainer):
             "ramp_steps": round(settings.ramp * planned),
         }
         # With nnUNetTrainerNorm, what the plans give the norm itself has its home there and holds.
-        in_plans = self.configuration_manager.network_arch_init_kwargs.get("norm_op_kwargs") or {}
+        architecture = self.configuration_manager.network_arch_init_kwargs
+        in_plans = (architecture.get("norm_op_kwargs") or {}) if self.norm is None else {}
         for layer in self.renorms:
             for name, value in values.items():
                 setattr(layer, name, in_plans.get(name, value))
@@ -221,12 +223,12 @@ class NormTrainer(nnUNetTrainer):
         disparity = Disparity.of(sum(self.gathered(self._disparity_counts), DisparityCounts()))
         self.log_disparity(disparity)
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: Any, group: Any = None) -> list[Any]:
         """``value`` of every process."""
         if not self.is_ddp:
             return [value]
         values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def log_disparity(self, disparity: Disparity) -> None:
@@ -254,13 +256,18 @@ class NormTrainer(nnUNetTrainer):
             remedy = (
                 "it should fall as BatchRenorm's limits open; judge it after the ramp"
                 if warming_up
-                else _REMEDIES.get(self.norm or "", "train with nnUNetTrainerBRN or nnUNetTrainerGN")
+                else _REMEDIES.get(self._norm_of_network() or "", "train with nnUNetTrainerBRN or nnUNetTrainerGN")
             )
             self.print_to_log_file(
                 f"WARNING: train/eval disparity is {disparity.mean:.3f}: the network predicts otherwise with its running "
                 f"statistics than it was trained to; {remedy}."
             )
         self._was_large = large
+
+    def _norm_of_network(self) -> str | None:
+        """The trainer's norm, or what the plans name if it leaves that to them."""
+        architecture = self.configuration_manager.network_arch_init_kwargs
+        return self.norm or (named_norm(architecture) if "norm_op" in architecture else None)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation with the halo predictor; its report stands beside ``summary.json``."""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 REPORT = "norm_report.json"
 """Stands in the validation folder, beside nnU-Net's ``summary.json``."""
+
+LONGEST_METRICS = timedelta(days=1)
+"""How long the other processes wait for the one that computes the metrics."""
 
 MEASURED_CASES = 10
 """Validation cases of one process on which disparity and tile mismatch are measured; all cases are predicted."""
@@ -57,7 +62,8 @@ class ValidationPredictor(HaloPredictor):
         self.num_cases += 1
         if self.num_cases <= MEASURED_CASES:
             regions = self.trainer.label_manager.has_regions
-            self.differences += [compare_pair(a, b, regions=regions) for a, b in measure_tile_pairs(self, input_image)]
+            pairs = measure_tile_pairs(self, input_image, plan=self.last_plan)
+            self.differences += [compare_pair(a, b, regions=regions, dtype=self.network_dtype) for a, b in pairs]
             self._batch.append(self._tile(input_image, logits))
             if len(self._batch) == self.trainer.configuration_manager.batch_size:
                 self.measure_batch()
@@ -108,6 +114,8 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
     nnU-Net names its predictor and its export as globals of the trainer's module; both have their place back afterwards.
     """
     predictors: list[ValidationPredictor] = []
+    # Rank 0 alone computes nnU-Net's metrics before the report is gathered, for longer than NCCL would wait.
+    group = dist.new_group(backend="gloo", timeout=LONGEST_METRICS) if trainer.is_ddp else None
     module = import_module(nnUNetTrainer.__module__)
 
     def halo_predictor(**kwargs: Any) -> ValidationPredictor:
@@ -122,15 +130,15 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
         patch.object(module, "export_prediction_from_logits", export_prediction_atomically),
     ):
         yield
-    report = _gathered_report(trainer, predictors[0])
+    report = _gathered_report(trainer, predictors[0], group)
     if trainer.local_rank == 0:
         write_report(Path(trainer.output_folder) / "validation" / REPORT, report)
         _log(trainer, report)
 
 
-def _gathered_report(trainer: NormTrainer, predictor: ValidationPredictor) -> dict[str, Any]:
+def _gathered_report(trainer: NormTrainer, predictor: ValidationPredictor, group: Any) -> dict[str, Any]:
     predictor.measure_batch()
-    parts = trainer.gathered((predictor.counts, predictor.differences, predictor.decisions, predictor.num_cases))
+    parts = trainer.gathered((predictor.counts, predictor.differences, predictor.decisions, predictor.num_cases), group)
     counts, differences, decisions, cases = zip(*parts, strict=True)
     disparity = Disparity.of(sum(counts, DisparityCounts()))
     mismatch = summarize([difference for part in differences for difference in part])
@@ -171,7 +179,7 @@ def report_of(
             "per_class": _named(names, mismatch.per_class),
             "max_dist": _none_for_nan(mismatch.max_dist),
             "verdict": mismatch.verdict,
-            "max_logit": mismatch.max_logit,
+            "max_logit": _none_for_nan(mismatch.max_logit),
             "num_pairs": mismatch.num_pairs,
         },
     }

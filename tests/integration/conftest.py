@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,11 +60,15 @@ class Workspace:
             start_new_session=True,
         )
         output = []
-        deadline = time.monotonic() + 300
+        limit = threading.Timer(
+            300, os.killpg, (process.pid, signal.SIGKILL)
+        )  # a silent hang would block the loop below
+        limit.start()
         for text in process.stdout:
             output.append(text)
-            if line in text or time.monotonic() > deadline:
+            if line in text:
                 break
+        limit.cancel()
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()

@@ -310,6 +310,29 @@ def test_compiled_gradients_are_the_eager_ones_over_several_steps(affine):
                 q.sub_(0.01 * g)
 
 
+def test_compiled_closed_limits_are_batch_norm_too():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layer, norm = BatchRenorm2d(3, r_max=1, d_max=0).double(), nn.BatchNorm2d(3, momentum=0.01).double()
+    compiled = torch.compile(layer, backend="aot_eager")
+    for step in range(3):
+        x = torch.randn(2, 3, 4, 4, dtype=torch.double) + step
+        torch.testing.assert_close(compiled(x), norm(x))
+        torch.testing.assert_close(dict(layer.named_buffers()), dict(norm.named_buffers()))
+
+
+def test_compiled_layers_refuse_and_guard_as_eager_ones():
+    torch.compiler.reset()
+    layer = BatchRenorm2d(2)
+    compiled = torch.compile(layer, backend="aot_eager")
+    compiled(torch.randn(2, 2, 4, 4))
+    before = copy.deepcopy(layer.state_dict())
+    compiled(torch.full((2, 2, 4, 4), float("nan")))
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    with pytest.raises(LayerError, match="more than 1 value per channel"):
+        compiled(torch.randn(1, 2, 1, 1))
+
+
 def test_the_schedule_does_not_recompile():
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

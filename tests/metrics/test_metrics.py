@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_norm.metrics import class_masks, dice, dice_counts, tile_mismatch, train_eval_disparity
+from nnunet_norm.metrics import (
+    class_masks,
+    compare_pair,
+    dice,
+    dice_counts,
+    summarize,
+    tile_mismatch,
+    train_eval_disparity,
+)
 
 
 def logits_of(labels, num_classes):
@@ -96,3 +104,11 @@ def test_a_logit_that_is_not_finite_does_not_hide():
     b[0, 0, 0] = float("nan")
     for pairs in ([(a, b), (a, a)], [(a, a), (a, b)]):
         assert tile_mismatch(pairs).verdict == "nan"
+
+
+def test_half_precision_is_judged_by_its_own_rounding():
+    a = torch.full((2, 3, 3), 8.0)
+    pair = compare_pair(a, a + 0.03, dtype=torch.float16)
+    assert summarize([pair]).verdict == "no (float16 rounding, 3.0e-02)"
+    assert summarize([compare_pair(a, a + 0.03)]).verdict == "0.03"
+    assert not summarize([compare_pair(a, a + 0.5, dtype=torch.float16)]).is_rounding

@@ -82,6 +82,24 @@ def test_a_checkpoint_of_another_norm_is_refused(tmp_path):
         load(folder)
 
 
+def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path):
+    """A copy that broke off is the usual reason."""
+    folder = write_model(tmp_path / "model")
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelFolderError, match=r"checkpoint '.*fold_0/checkpoint_final.pth' is not whole"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_a_file_that_is_no_json_is_refused(tmp_path, name):
+    """As above."""
+    folder = write_model(tmp_path / "model")
+    (folder / name).write_text((folder / name).read_text()[:-5])
+    with pytest.raises(ModelFolderError, match=rf"{name}' is no JSON \(.*\): copy the model again"):
+        load(folder)
+
+
 def test_an_unknown_trainer_is_refused_with_the_line_to_export(tmp_path):
     """nnU-Net's finder says so after this package's trainers were searched too."""
     with pytest.raises(SetupError, match=r"trainer 'nnUNetTrainerNoSuch' .*export nnUNet_extTrainer="):

@@ -13,7 +13,7 @@ from tiny_networks import INSTANCE_NORM, Chain, predictor, randomized, unet
 from torch import nn
 from torch.nn import functional
 
-from nnunet_norm.errors import InputImageError, TilingError
+from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
 from nnunet_norm.layers import convert_norm
 from nnunet_norm.prediction import HaloPredictor
 from nnunet_norm.prediction.execution import TilesPlan
@@ -135,6 +135,32 @@ def test_tiles_of_their_own_statistics_are_said_not_to_be_seamless(caplog):
     assert "image of 40 x 16 voxels: 4 tiles of at most 16 x 16" in line
 
 
+@pytest.mark.parametrize("error", [ArchitectureError("the gradient vanishes"), torch.OutOfMemoryError("2 GiB missing")])
+def test_without_an_effective_halo_half_of_the_tile_is_cut_away(error, monkeypatch, caplog):
+    """A finished training is validated whatever the gradients are; who asks for that halo by name is refused."""
+    caplog.set_level(logging.INFO, "nnunet_norm")
+    monkeypatch.setattr("nnunet_norm.prediction.predictor.effective", lambda *_: raise_(error))
+    network, image = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), torch.randn(1, 1, 40, 16, dtype=torch.float64)
+    tiled = predictor(network, (16, 16))
+    tiled.predict_sliding_window_return_logits(image)
+    assert tiled.last_decision.source == ("half of the tile", "none needed")
+    assert tiled.last_decision.halo == ((4, 4), (0, 0))
+    assert f"no effective halo ({error}): half of the tile is cut away instead" in caplog.messages
+    with pytest.raises(TilingError, match=f"no effective halo: {error}; choose --halo in voxels"):
+        predictor(network, (16, 16), halo="erf").predict_sliding_window_return_logits(image)
+
+
+def test_the_precision_of_the_network_is_told_apart_from_that_of_the_result():
+    """Under autocast logits are half, whatever they are converted to for averaging."""
+    tiled = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8))
+    image = torch.randn(1, 1, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tiled.predict_sliding_window_return_logits(image).dtype == torch.float32
+    assert tiled.network_dtype == torch.bfloat16
+    tiled.predict_sliding_window_return_logits(image)
+    assert tiled.network_dtype == torch.float32
+
+
 def test_small_image_with_tile_statistics_is_padded_to_the_tile():
     """One voxel through InstanceNorm gives what the patch with zeros around gives, as in training."""
     network = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM)
@@ -216,7 +242,9 @@ def test_out_of_memory_moves_the_result_only(monkeypatch, caplog):
     tiled.predict_sliding_window_return_logits(image)
     assert "kept on the CPU" in caplog.messages[-1]
     errors = [torch.OutOfMemoryError("second"), torch.OutOfMemoryError("first")]
-    with pytest.raises(TilingError, match="a tile of 8 x 8 does not fit into the device's memory"):
+    with pytest.raises(
+        TilingError, match=r"memory is too small \(image of 8 x 8 voxels: 1 tile of .*choose a smaller --tile"
+    ):
         tiled.predict_sliding_window_return_logits(image)
     errors = [RuntimeError("something else")]
     with pytest.raises(RuntimeError, match="something else"):

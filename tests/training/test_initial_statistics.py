@@ -1,5 +1,7 @@
 """Running statistics without their initial values: the average of the batches alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from nnunet_norm.training.initial_statistics import InitialStatistics
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, TrackedInstanceNorm2d])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, TrackedInstanceNorm2d, partial(BatchRenorm2d, momentum=0.1, r_max=1, d_max=0)]
+)
 def test_what_is_left_is_the_weighted_mean_of_the_batches(norm, steps):
     torch.manual_seed(0)
     layer = norm(2)
