@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RANKS = {
     "errors": 0,
+    "writing": 0,
     "layers": 1,
     "metrics": 1,
     "receptive_field": 1,
@@ -27,6 +28,7 @@ RANKS = {
 
 WITHOUT_NNUNET = {
     "errors": set(),
+    "writing": set(),
     "layers": {"torch"},
     "metrics": {"torch", "numpy", "scipy"},
     "receptive_field": {"torch", "numpy", "scipy"},

@@ -7,8 +7,6 @@ keeps the comparison honest: the slabs of training, validation and test do not s
 cut along the body axis because the template is symmetric: a held-out hemisphere would be a mirror image of a training case.
 """
 
-import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813
 
 from nnunet_norm.errors import OutputError, SetupError
+from nnunet_norm.writing import write_json, written_beside
 
 FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint8]
@@ -196,20 +195,11 @@ def write_image(array: npt.NDArray[np.generic], path: Path) -> None:
     """
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(SPACING[::-1])
-    beside = path.with_name(f".partial_{path.name}")
-    try:
-        sitk.WriteImage(image, str(beside))
-    except RuntimeError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
-    os.replace(beside, path)
-
-
-def write_json(content: object, path: Path) -> None:
-    """Write ``content`` as JSON, beside ``path`` first."""
-    beside = path.with_name(f".partial_{path.name}")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        try:
+            sitk.WriteImage(image, str(beside))
+        except RuntimeError as error:
+            raise OutputError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
 
 
 def write_dataset(cases: Sequence[Case], folder: Path) -> None:
@@ -220,5 +210,5 @@ def write_dataset(cases: Sequence[Case], folder: Path) -> None:
         suffix = "Ts" if case.role == "test" else "Tr"
         write_image(case.image, folder / f"images{suffix}" / f"{case.name}_0000.nii.gz")
         write_image(case.labels, folder / f"labels{suffix}" / f"{case.name}.nii.gz")
-    write_json(splits(cases), folder / "splits_final.json")
-    write_json(dataset_json(cases), folder / "dataset.json")
+    write_json(folder / "splits_final.json", splits(cases))
+    write_json(folder / "dataset.json", dataset_json(cases))

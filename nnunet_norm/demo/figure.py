@@ -1,6 +1,5 @@
 """The demo's figure: what moving the tiles does to a prediction."""
 
-import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from nnunet_norm.demo.data import LABELS
 from nnunet_norm.demo.tilings import HALO_SIZE, SHIFT, TILE_SIZE, Grid
 from nnunet_norm.tiling import Box
+from nnunet_norm.writing import written_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,6 +195,5 @@ def caption(picture: Picture) -> str:
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG, beside ``path`` first."""
-    beside = path.with_name(f".partial_{path.name}")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        figure.savefig(beside, format="png")

@@ -1,7 +1,6 @@
 """The demo's table: one row per norm and way to predict."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from nnunet_norm.demo.data import LABELS, SIMULATED
 from nnunet_norm.demo.tilings import GAUSSIAN, HALO, HALO_SIZE, SHIFT, TILE_SIZE
 from nnunet_norm.metrics import dice
+from nnunet_norm.writing import written_beside
 
 HEADER = (
     "norm",
@@ -146,6 +146,5 @@ def notes() -> str:
 def write_table(rows: Sequence[Row], path: Path) -> None:
     """Write the table with its notes, beside ``path`` first."""
     text = "\n\n".join([as_markdown(rows), SIMULATED, notes(), EXPLANATION]) + "\n"
-    beside = path.with_name(f".partial_{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -10,7 +10,6 @@ Runs as a program of its own, ``python -m nnunet_norm.demo.tilings``, since nnU-
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 
 from nnunet_norm.metrics import TileMismatch, tile_mismatch
 from nnunet_norm.tiling import Box, intersection, plan_tiles
+from nnunet_norm.writing import written_beside
 
 GAUSSIAN, HALO = "Gaussian blending", "halo"
 """The two ways to predict, as table and figure call them."""
@@ -146,9 +146,8 @@ def measure(model_folder: Path, image: Path, z: int, output: Path) -> None:
             "changed": changed,
         }
         arrays[name] = np.stack([tiling[:, z].numpy() for tiling in tilings])
-    beside = output.with_name(f".partial_{output.name}")
-    np.savez_compressed(beside, numbers=np.array(json.dumps(numbers)), **arrays)
-    os.replace(beside, output)
+    with written_beside(output) as beside:
+        np.savez_compressed(beside, numbers=np.array(json.dumps(numbers)), **arrays)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nnunet_norm.demo.data import write_json
 from nnunet_norm.errors import OutputError, SetupError
+from nnunet_norm.writing import write_json
 
 try:
     import fcntl
@@ -131,7 +131,7 @@ class Workspace:
                     raise OutputError(
                         f"-o {self.folder} holds other files and no demo: choose an empty or a new folder"
                     )
-                write_json(self.settings.as_dict(), marker)
+                write_json(marker, self.settings.as_dict())
             self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"-o {self.folder} cannot be written: {error.strerror}") from error

@@ -1,13 +1,13 @@
 """Plans files: found with a telling refusal, written beside and then renamed."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from nnunet_norm.errors import OutputError, PlansError
+from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.naming import check_plans_name
+from nnunet_norm.writing import write_json
 
 Plans = dict[str, Any]
 
@@ -55,18 +55,5 @@ def save_plans(plans: Plans, folder: str | os.PathLike[str], overwrite: bool = F
     path = Path(folder) / f"{plans['plans_name']}.json"
     if path.exists() and not overwrite:
         raise PlansError(f"{path} exists; choose another --plans-name or give --overwrite")
-    text = json.dumps(plans, indent=4) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise OutputError(f"plans cannot be written to {path}: {error.strerror}") from error
-    finally:
-        # After the rename there is nothing left to remove; in a read-only folder there never was.
-        with contextlib.suppress(OSError):
-            beside.unlink()
+    write_json(path, plans)
     return path

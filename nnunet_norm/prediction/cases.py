@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from nnunet_norm.errors import InputImageError
 from nnunet_norm.prediction import checks
-from nnunet_norm.prediction.export import export_prediction_atomically, write_json
+from nnunet_norm.prediction.export import export_prediction_atomically
 from nnunet_norm.prediction.model_folder import check_model_folder, model_errors, trainers_on_search_path
 from nnunet_norm.prediction.workers import PreprocessedCases, Preprocessing, Workers
 from nnunet_norm.receptive_field.trace import unwrapped
+from nnunet_norm.writing import write_json
 
 RECORD = "halo_prediction"
 """Beginning of the name of the file that tells how each case was predicted."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,16 +76,6 @@ def export_prediction_atomically(
         except RuntimeError as error:  # what ITK raises for whatever keeps it from writing
             raise OutputError(_cannot_write(output_file_truncated, error)) from error
         _compare(reader_writer, os.path.join(folder, name), segmentation)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON as nnU-Net formats it, beside and then renamed.
-
-    Raises:
-        OutputError: it cannot be written; nothing is left behind.
-    """
-    with _written_together(str(path), last=os.path.basename(path)) as folder:
-        Path(folder, os.path.basename(path)).write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from nnunet_norm.errors import ModelFolderError, OutputError
 from nnunet_norm.layers import convert_norm, find_norms
+from nnunet_norm.writing import written_beside
 
 
 def pretrained_weights(model_folder: str | Path, fold: int | str, checkpoint_name: str) -> dict[str, Tensor]:
@@ -71,13 +70,11 @@ def export_pretrained(model_folder: str | Path, fold: int | str, checkpoint_name
         ModelFolderError: As :func:`pretrained_weights`.
         OutputError: If the file cannot be written; nothing is left behind.
     """
-    output = Path(output)
     weights = pretrained_weights(model_folder, fold, checkpoint_name)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-            beside = Path(folder) / output.name
+    with written_beside(output) as beside:
+        try:
             torch.save({"network_weights": weights}, beside)
-            os.replace(beside, output)
-    except (OSError, RuntimeError) as error:  # torch raises the latter when the disk is full
-        reason = str(error).strip().splitlines()[-1]
-        raise OutputError(f"-o {output}: cannot be written ({reason}); choose another place") from error
+        except RuntimeError as error:  # what torch raises when it cannot open or fill the file
+            raise OutputError(
+                f"{output} cannot be written ({str(error).splitlines()[0]}): choose another place"
+            ) from error

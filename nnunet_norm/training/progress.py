@@ -1,7 +1,6 @@
 """nnU-Net's local logger with this package's keys, and a panel of its own in the progress picture."""
 
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from PIL import Image
+
+from nnunet_norm.writing import written_beside
 
 DISPARITY_PER_CLASS = "train_eval_disparity"
 DISPARITY = "mean_train_eval_disparity"
@@ -53,9 +54,8 @@ class NormLogger(LocalLogger):
         whole = Image.new("RGB", (above.width, above.height + panel.height), "white")
         whole.paste(above, (0, 0))
         whole.paste(panel, (0, above.height))
-        beside = path.with_suffix(".tmp.png")
-        whole.save(beside, compress_level=1)  # 20 million pixels, after every epoch
-        os.replace(beside, path)
+        with written_beside(path) as beside:
+            whole.save(beside, compress_level=1)  # 20 million pixels, after every epoch
 
     def _panel(self, width: int) -> Image.Image:
         fig, ax = plt.subplots(figsize=(30, 18))

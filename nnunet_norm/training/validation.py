@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +20,7 @@ from torch import Tensor
 from nnunet_norm.metrics import PairDifference, TileMismatch, compare_pair, summarize
 from nnunet_norm.prediction import Decision, HaloPredictor, export_prediction_atomically, measure_tile_pairs
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
+from nnunet_norm.writing import write_json
 
 if TYPE_CHECKING:
     from nnunet_norm.training.trainer import NormTrainer
@@ -132,7 +131,7 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
         yield
     report = _gathered_report(trainer, predictors[0], group)
     if trainer.local_rank == 0:
-        write_report(Path(trainer.output_folder) / "validation" / REPORT, report)
+        write_json(Path(trainer.output_folder) / "validation" / REPORT, report, indent=2)
         _log(trainer, report)
 
 
@@ -199,13 +198,6 @@ def _named(names: list[str], values: Any) -> dict[str, float | None]:
 
 def _none_for_nan(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write JSON beside ``path`` and rename it into place."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(beside, path)
 
 
 def _log(trainer: NormTrainer, report: dict[str, Any]) -> None:

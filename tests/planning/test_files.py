@@ -51,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OutputError, match=rf"{path}: {os.strerror(code)}") as refusal:
+    with pytest.raises(OutputError, match=rf"{path} cannot be written \({os.strerror(code)}\)") as refusal:
         save_plans({**PLANS, "extra": 1}, tmp_path, overwrite=True)
     assert "\n" not in str(refusal.value)
     assert path.read_bytes() == before
@@ -72,7 +72,7 @@ def test_an_interruption_leaves_nothing_either(tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_folder_is_an_output_error(tmp_path: Path) -> None:
     """Enforces that plans are not written into a folder that nnU-Net does not know."""
-    with pytest.raises(OutputError, match=r"nowhere/nnUNetPlans_b4\.json: No such file"):
+    with pytest.raises(OutputError, match=r"nowhere/nnUNetPlans_b4\.json cannot be written \(No such file"):
         save_plans(PLANS, tmp_path / "nowhere")
 
 

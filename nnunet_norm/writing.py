@@ -1,0 +1,46 @@
+"""Files that are whole under their final name, or not there."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_norm.errors import OutputError
+
+
+@contextmanager
+def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside ``path``, of the same ending, to be written; it is renamed when the block ends well.
+
+    The file is on the disk before it has its name. After an error nothing is left of it.
+
+    Raises:
+        OutputError: In place of any OSError, also of the block: the folder is missing or read-only, the disk is full.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written ({reason}): make room, or choose another folder") from error
+    finally:
+        # After the rename there is nothing left to remove; in a read-only folder there never was.
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def write_json(path: str | os.PathLike[str], content: Any, indent: int = 4) -> None:
+    """Write JSON, by default indented as nnU-Net does.
+
+    Raises:
+        OutputError: As :func:`written_beside`.
+    """
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
