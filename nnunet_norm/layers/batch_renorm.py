@@ -165,8 +165,7 @@ def _fold(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> t
     """Affine parameters that apply r and d too: ``(weight * r, bias + weight * d)``."""
     if weight is None:
         return r, d
-    assert bias is not None  # a norm has both or neither
-    return weight * r, bias + weight * d
+    return weight * r, weight * d if bias is None else bias + weight * d
 
 
 class _BatchRenorm(_NormBase):
@@ -277,6 +276,9 @@ class BatchRenorm2d(_BatchRenorm):
     initial values. With ``r_max=1`` and ``d_max=0`` the layer is torch's BatchNorm and keeps torch's exponential average:
     outputs, gradients and buffers agree with it, in eager mode to the last bit. A batch that makes a running statistic
     non-finite is not taken in, and not counted.
+
+    A forward in train mode that is run again for the same step (``torch.utils.checkpoint``) counts again and sees the
+    statistics of the first run: do not put the layer into checkpointed segments. Gradients of gradients are refused.
 
     Shape: ``(N, C, H, W)`` in and out.
 

@@ -1,5 +1,6 @@
 """Exchange the norms of a network that already exists."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -52,7 +53,8 @@ def convert_norm(module: nn.Module, norm: str | NormFactory, **kwargs: Any) -> n
 
     Names and aliases stay: a norm that stands in several places is replaced by one norm in all of them. ``weight`` and
     ``bias`` stay the same Parameter objects, and running statistics the same tensors, where both norms have them. ``eps``,
-    ``affine``, device, dtype and training flag are taken over. Train and eval mode are those of the new norm.
+    ``affine``, device, dtype and training flag are taken over; hooks on the old norms are not. Train and eval mode are
+    those of the new norm.
 
     Args:
         module: Any module; a norm itself too.
@@ -70,7 +72,8 @@ def convert_norm(module: nn.Module, norm: str | NormFactory, **kwargs: Any) -> n
         raise LayerError(f"norm={norm!r}: choose from {', '.join(NORMS)}")
     # All new norms are built before the first one is exchanged: an error leaves the module as it was.
     replaced = {
-        id(old): _successor(old, _factory(norm, name, old, module), kwargs) for name, old in find_norms(module).items()
+        id(old): _successor(old, _factory(norm, name, old, module), kwargs, module)
+        for name, old in find_norms(module).items()
     }
     if id(module) in replaced:
         return replaced[id(module)]
@@ -116,12 +119,15 @@ class _Features:
         return cls(int(channels), bool(norm.affine))  # type: ignore[arg-type]
 
 
-def _successor(old: nn.Module, factory: NormFactory, kwargs: Mapping[str, Any]) -> nn.Module:
+def _successor(old: nn.Module, factory: NormFactory, kwargs: Mapping[str, Any], root: nn.Module) -> nn.Module:
     features = _Features.of(old)
     new = factory(features.channels, **{"eps": old.eps, "affine": features.affine, **kwargs})
-    like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
+    tensors = itertools.chain(old.parameters(), old.buffers(), root.parameters(), root.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if like is not None:
         new = new.to(device=like.device, dtype=like.dtype)
+    if features.affine and old.bias is None:  # a norm may scale without shifting
+        new.register_parameter("bias", None)
     for name in _TENSORS:
         mine, theirs = getattr(new, name, None), getattr(old, name, None)
         if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):

@@ -26,7 +26,7 @@ def class_masks(logits: Any, *, regions: bool = False) -> Tensor:
 
 
 def dice_counts(a: Any, b: Any) -> Tensor:
-    """Numerator and denominator of Dice per class, ``(2, K)`` in float64: counts of batches can be added.
+    """Numerator and denominator of Dice per class, ``(2, K)`` in float64 on the CPU: counts of batches can be added.
 
     Args:
         a: Masks ``(N, K, *spatial)``.
@@ -34,7 +34,7 @@ def dice_counts(a: Any, b: Any) -> Tensor:
     """
     a, b = torch.as_tensor(a, dtype=torch.bool), torch.as_tensor(b, dtype=torch.bool)
     axes = [axis for axis in range(a.dim()) if axis != 1]
-    return torch.stack([2 * (a & b).sum(axes), a.sum(axes) + b.sum(axes)]).double()
+    return torch.stack([2 * (a & b).sum(axes), a.sum(axes) + b.sum(axes)]).cpu().double()  # some devices lack float64
 
 
 def dice(a: Any, b: Any) -> Tensor:

@@ -38,7 +38,8 @@ class HaloPredictor(CasePredictor):
     images smaller than the tile are then zero-padded to it, because that is what the statistics were in training.
 
     ``last_decision`` tells how the last image was predicted, ``network_dtype`` in which precision. For several folds it is
-    that of the last fold; folds differ only where the halo is the effective one, measured on each fold's own weights.
+    that of the last fold; folds differ only where the halo is the effective one, measured on each fold's own weights
+    and the first image that needs it.
 
     Files are read, checked and written by ``CasePredictor``.
 
@@ -94,6 +95,7 @@ class HaloPredictor(CasePredictor):
         self.last_plan: TilesPlan | None = None
         self.network_dtype: torch.dtype | None = None
         self._fields: WeakKeyDictionary[nn.Module, ReceptiveField] = WeakKeyDictionary()
+        self._effective_of: dict[tuple[float, ...], Sides | None] = {}
         self._said: set[str] = set()
 
     @property
@@ -123,6 +125,8 @@ class HaloPredictor(CasePredictor):
         field, ndim = self.field, len(self.field.stride)
         if image.ndim not in (4, ndim + 1):
             raise InputImageError(f"image of shape {tuple(image.shape)} has not the four axes (C, x, y, z)")
+        if not image.numel():
+            raise InputImageError(f"image of shape {tuple(image.shape)} is empty")
         tile, note = tile_shape(self.tile_size, self.configuration_manager.patch_size, field)
         self._say(note)
         shape = tuple(image.shape[-ndim:])
@@ -134,7 +138,7 @@ class HaloPredictor(CasePredictor):
             halo=self.halo,
             mirror_axes=self.mirror_axes,
             slices=1 if image.ndim == ndim + 1 else image.shape[1],
-            effective=lambda: self._effective(image, field),
+            effective=lambda: self._effective_once(image, field),
         )
         return TilesPlan(decision, planned_shape(shape, tile, field))
 
@@ -197,8 +201,9 @@ class HaloPredictor(CasePredictor):
 
     def _average(self, batch: Tensor, mirror_axes: Sequence[int]) -> Tensor:
         """Logits averaged over the passes that are mirrored along every combination of the axes, none included."""
-        batch = batch.to(self.device)
         network = self.bare_network
+        weight = next((p for p in network.parameters() if p.is_floating_point()), batch)
+        batch = batch.to(self.device, weight.dtype)
         output = network(batch)
         self.network_dtype = output.dtype
         total = _promoted(output)
@@ -214,6 +219,14 @@ class HaloPredictor(CasePredictor):
     def _precision(self) -> AbstractContextManager[Any]:
         """Half precision on CUDA, as nnU-Net; elsewhere autocast is slow (CPU) or missing (MPS)."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _effective_once(self, image: Tensor, field: ReceptiveField) -> Sides | None:
+        """The effective reach for the weights that the network has now; it costs a dozen tiles, so it is kept."""
+        parameters = list(self.bare_network.parameters())
+        weights = tuple(parameter.detach().float().sum().item() for parameter in (parameters[0], parameters[-1]))
+        if weights not in self._effective_of:
+            self._effective_of[weights] = self._effective(image, field)
+        return self._effective_of[weights]
 
     def _effective(self, image: Tensor, field: ReceptiveField) -> Sides | None:
         """The effective reach on patches of this very image, spread over it; None, and a line why, if it cannot be had.

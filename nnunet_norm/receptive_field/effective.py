@@ -71,7 +71,7 @@ def _profiles(network: nn.Module, kind: str, inputs: torch.Tensor, stride: Seque
                 for axis, n in enumerate(extent):
                     others = [d for d in range(gradient.ndim) if d != axis]
                     marginal = gradient.sum(others) if others else gradient
-                    sums[axis][n - voxel[axis] : 2 * n - voxel[axis]] += marginal.cpu().numpy()
+                    sums[axis][n - voxel[axis] : 2 * n - voxel[axis]] += marginal.numpy()
     if not sums[0].any():
         raise ArchitectureError(
             f"the gradient of {kind} vanishes in the middle of all {len(inputs)} inputs of {tuple(extent)}: "
@@ -107,7 +107,7 @@ def _gradients(network: nn.Module, tile: torch.Tensor, voxels: Sequence[tuple[in
         index: tuple[int | slice, ...] = (0, slice(None), *voxel)
         value = (output[index] * mix).sum()
         (gradient,) = torch.autograd.grad(value, tile, retain_graph=number + 1 < len(voxels))
-        gradients.append(gradient[0].abs().double().sum(0))
+        gradients.append(gradient[0].abs().cpu().double().sum(0))
     return gradients
 
 

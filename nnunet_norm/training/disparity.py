@@ -42,12 +42,14 @@ class DisparityCounts:
         batch: The same for plain batch statistics (BatchNorm's train mode) against eval mode; only with BatchRenorm.
         renorm: Sums over BatchRenorm's channels of: clipped, ``|log r|``, ``|d|``, 1; only with BatchRenorm.
         num_batches: Batches measured.
+        num_samples: Samples in them.
     """
 
     train: Tensor | None = None
     batch: Tensor | None = None
     renorm: Tensor | None = None
     num_batches: int = 0
+    num_samples: int = 0
 
     def __add__(self, other: DisparityCounts) -> DisparityCounts:
         return DisparityCounts(
@@ -55,6 +57,7 @@ class DisparityCounts:
             _sum(self.batch, other.batch),
             _sum(self.renorm, other.renorm),
             self.num_batches + other.num_batches,
+            self.num_samples + other.num_samples,
         )
 
 
@@ -69,6 +72,7 @@ class Disparity:
         abs_log_r: Mean of ``|log r|`` before clipping; NaN without BatchRenorm.
         abs_d: Mean of ``|d|`` before clipping; NaN without BatchRenorm.
         num_batches: Batches measured.
+        num_samples: Samples in them.
     """
 
     per_class: list[float]
@@ -77,15 +81,17 @@ class Disparity:
     abs_log_r: float = float("nan")
     abs_d: float = float("nan")
     num_batches: int = 0
+    num_samples: int = 0
 
     @classmethod
     def of(cls, counts: DisparityCounts) -> Disparity:
         """Turn sums into shares and means."""
         per_class, batch_statistics = _one_minus_dice(counts.train), _one_minus_dice(counts.batch)
+        measured = {"num_batches": counts.num_batches, "num_samples": counts.num_samples}
         if counts.renorm is None:
-            return cls(per_class, batch_statistics, num_batches=counts.num_batches)
+            return cls(per_class, batch_statistics, **measured)
         clipped, abs_log_r, abs_d = (counts.renorm[:3] / counts.renorm[3]).tolist()
-        return cls(per_class, batch_statistics, clipped, abs_log_r, abs_d, counts.num_batches)
+        return cls(per_class, batch_statistics, clipped, abs_log_r, abs_d, **measured)
 
     @property
     def mean(self) -> float:
@@ -129,9 +135,9 @@ def measure_disparity(
             train = dice_counts(class_masks(first_output(network(data)), regions=regions), evaluated).cpu()
         batch = None
         if renorms:
-            with norms_in_train_mode(network), plain_batch_statistics(network):
+            with norms_in_train_mode(network, across_processes=across_processes), plain_batch_statistics(network):
                 batch = dice_counts(class_masks(first_output(network(data)), regions=regions), evaluated).cpu()
-    return DisparityCounts(train, batch, torch.stack(sums).sum(0).cpu() if renorms else None, 1)
+    return DisparityCounts(train, batch, torch.stack(sums).sum(0).cpu() if renorms else None, 1, len(data))
 
 
 @contextmanager

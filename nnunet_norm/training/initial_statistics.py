@@ -44,7 +44,11 @@ class InitialStatistics:
                 continue
             for name, value in initial.items():
                 buffer = getattr(norm, name)
-                buffer.copy_((buffer.double() - share * value.double()) / (1 - share))
+                corrected = (buffer.cpu().double() - share * value.cpu().double()) / (
+                    1 - share
+                )  # some devices lack float64
+                # Rounding, enlarged by a small momentum, must not make a variance negative.
+                buffer.copy_(corrected.clamp(min=0) if name == "running_var" else corrected)
 
 
 def _starts_with_the_first_batch(norm: nn.Module) -> bool:

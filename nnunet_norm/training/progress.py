@@ -21,10 +21,12 @@ ABS_D = "batch_renorm_abs_d"
 EVERY_NORM = (DISPARITY_PER_CLASS, DISPARITY)
 BATCH_RENORM = (BATCH_STATISTICS, CLIPPED, ABS_LOG_R, ABS_D)
 
-_CURVES = {
+_SHARES = {
     DISPARITY: ("k", "train/eval disparity"),
     BATCH_STATISTICS: ("r", "disparity against plain batch statistics"),
     CLIPPED: ("b", "share of clipped channels"),
+}
+_CORRECTIONS = {
     ABS_LOG_R: ("c", "mean |log r|"),
     ABS_D: ("m", "mean |d|"),
 }
@@ -59,17 +61,20 @@ class NormLogger(LocalLogger):
 
     def _panel(self, width: int) -> Image.Image:
         fig, ax = plt.subplots(figsize=(30, 18))
-        for key, (color, label) in _CURVES.items():
-            values = self.my_fantastic_logging.get(key, [])
-            if np.isfinite(np.asarray(values, dtype=float)).any():
-                ax.plot(
-                    range(len(values)), values, color=color, label=label, linewidth=4, marker="." * (len(values) == 1)
-                )
+        for axis, curves, ylabel, place in (
+            (ax, _SHARES, "1 - Dice, or share of channels", (0, 1)),
+            (ax.twinx(), _CORRECTIONS, "mean |log r|, mean |d|", (0.7, 1)),
+        ):
+            for key, (color, label) in curves.items():
+                values = self.my_fantastic_logging.get(key, [])
+                if np.isfinite(np.asarray(values, dtype=float)).any():
+                    marker = "." * (len(values) == 1)
+                    axis.plot(range(len(values)), values, color=color, label=label, linewidth=4, marker=marker)
+            axis.set_ylabel(ylabel)
+            axis.set_ylim(bottom=0)
+            if axis.lines:
+                axis.legend(loc=place, ncols=2)
         ax.set_xlabel("epoch")
-        ax.set_ylabel("1 - Dice, share of channels, or mean")
-        ax.set_ylim(bottom=0)
-        if ax.lines:
-            ax.legend(loc=(0, 1), ncols=2)
         plt.tight_layout()
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png")

@@ -152,7 +152,7 @@ class NormTrainer(nnUNetTrainer):
         planned = self.num_epochs * self.num_iterations_per_epoch
         settings = self.settings.batch_renorm
         values = {
-            "momentum": settings.momentum_over(planned),
+            "momentum": round(settings.momentum_over(planned), 4),
             "r_max": settings.r_max,
             "d_max": settings.d_max,
             "warmup_steps": round(settings.warmup * planned),
@@ -167,7 +167,7 @@ class NormTrainer(nnUNetTrainer):
         first = self.renorms[0]
         self.print_to_log_file(
             f"BatchRenorm: BatchNorm for {first.warmup_steps} of {planned} iterations, then limits that open over "
-            f"{first.ramp_steps} to r_max={first.r_max}, d_max={first.d_max}; momentum {first.momentum:.3g}"
+            f"{first.ramp_steps} to r_max={first.r_max}, d_max={first.d_max}; momentum {first.momentum}"
         )
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str) -> None:
@@ -208,6 +208,8 @@ class NormTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step, and on the first batches the same data with the norms in train mode."""
+        # First, because under DDP its forward hands the first process's running statistics to all.
+        result = super().validation_step(batch)
         if self._disparity_counts.num_batches < self.disparity_batches:
             self._disparity_counts += measure_disparity(
                 self.bare_network,
@@ -215,7 +217,7 @@ class NormTrainer(nnUNetTrainer):
                 regions=self.label_manager.has_regions,
                 autocast=self.autocast(),
             )
-        return super().validation_step(batch)
+        return result
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log the disparity of all processes together."""

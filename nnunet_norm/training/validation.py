@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
@@ -34,12 +35,18 @@ LONGEST_METRICS = timedelta(days=1)
 MEASURED_CASES = 10
 """Validation cases of one process on which disparity and tile mismatch are measured; all cases are predicted."""
 
+TILES_PER_CASE = 8
+"""Tiles of a case that are kept for disparity, at most: a 2d batch may be larger than there are cases."""
+
+MEASURED_BATCHES = 5
+"""Batches of one process on which disparity is measured, at most."""
+
 
 class ValidationPredictor(HaloPredictor):
     """A halo predictor that measures disparity and tile mismatch on the first cases that it predicts.
 
-    Disparity is measured on batches of the training's batch size, whose tiles come from as many cases; a tile is a patch
-    where the most foreground is predicted, or the middle of the case where there is none.
+    Disparity is measured on batches of the size that normalizes a training step, since it depends on it; their tiles come
+    from as many cases as there are, patches around foreground that is predicted.
     """
 
     def __init__(self, trainer: NormTrainer, **kwargs: Any) -> None:
@@ -49,7 +56,7 @@ class ValidationPredictor(HaloPredictor):
         self.differences: list[PairDifference] = []
         self.counts = DisparityCounts()
         self.num_cases = 0
-        self._batch: list[Tensor] = []
+        self._tiles: list[list[Tensor]] = []
 
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Predict one case and measure on it."""
@@ -63,17 +70,26 @@ class ValidationPredictor(HaloPredictor):
             regions = self.trainer.label_manager.has_regions
             pairs = measure_tile_pairs(self, input_image, plan=self.last_plan)
             self.differences += [compare_pair(a, b, regions=regions, dtype=self.network_dtype) for a, b in pairs]
-            self._batch.append(self._tile(input_image, logits))
-            if len(self._batch) == self.trainer.configuration_manager.batch_size:
-                self.measure_batch()
+            self._tiles.append(self._tiles_of(input_image, logits))
         return logits
 
-    def measure_batch(self) -> None:
-        """Measure disparity on the tiles collected so far."""
-        if not self._batch:
-            return
-        data = torch.stack(self._batch).to(self.device)
-        self._batch = []
+    @property
+    def batch_size(self) -> int:
+        """Samples whose statistics normalize one step of the training: of all processes only for SyncBatchNorm."""
+        synchronized = any(isinstance(m, torch.nn.SyncBatchNorm) for m in self.bare_network.modules())
+        return self.configuration_manager.batch_size if synchronized else self.trainer.batch_size
+
+    def measure_batches(self) -> None:
+        """Measure disparity on whole batches of the tiles collected; on a smaller one only if they fill none."""
+        rounds = itertools.zip_longest(*self._tiles)
+        tiles = [tile for tile in itertools.chain.from_iterable(rounds) if tile is not None]
+        for number in range(min(max(len(tiles) // self.batch_size, 1), MEASURED_BATCHES)):
+            batch = tiles[number * self.batch_size : (number + 1) * self.batch_size]
+            if batch:
+                self._measure(torch.stack(batch).to(self.device))
+        self._tiles = []
+
+    def _measure(self, data: Tensor) -> None:
         # Processes predict different numbers of cases, so none may wait for another; and a batch is a whole one here.
         self.counts += measure_disparity(
             self.bare_network,
@@ -83,27 +99,29 @@ class ValidationPredictor(HaloPredictor):
             across_processes=False,
         )
 
-    def _tile(self, image: Tensor, logits: Tensor) -> Tensor:
-        patch_size = self.configuration_manager.patch_size
-        regions = self.trainer.label_manager.has_regions
-        foreground = (logits > 0 if regions else logits[1:] > logits[:1]).any(0)
-        middle = _densest(foreground) if foreground.any() else [n // 2 for n in image.shape[1:]]
-        if len(patch_size) == 2:
-            image, middle = image[:, middle[0]], middle[1:]
-        starts = [max(min(m - p // 2, n - p), 0) for m, p, n in zip(middle, patch_size, image.shape[1:], strict=True)]
-        tile = image[(slice(None), *[slice(s, s + p) for s, p in zip(starts, patch_size, strict=True)])]
-        missing = [p - n for p, n in zip(patch_size, tile.shape[1:], strict=True)]
-        return torch.nn.functional.pad(tile, [w for m in reversed(missing) for w in (m // 2, m - m // 2)])
+    def _tiles_of(self, image: Tensor, logits: Tensor) -> list[Tensor]:
+        """Patches of one case, as many as a batch could need, around foreground voxels spread over the case."""
+        foreground = (logits > 0 if self.trainer.label_manager.has_regions else logits[1:] > logits[:1]).any(0)
+        voxels = foreground.nonzero() if foreground.any() else torch.ones_like(foreground).nonzero()
+        count = min(self.batch_size, TILES_PER_CASE)
+        return [
+            _patch(image, voxels[(2 * k + 1) * len(voxels) // (2 * count)].tolist(), self.patch) for k in range(count)
+        ]
+
+    @property
+    def patch(self) -> Sequence[int]:
+        """The patch of the training."""
+        return self.configuration_manager.patch_size
 
 
-def _densest(mask: Tensor) -> list[int]:
-    """A voxel in the thick of a mask: the fullest plane, in it the fullest line, in it the middle of what is set."""
-    index: list[int] = []
-    while mask.dim() > 1:
-        index.append(int(mask.flatten(1).sum(1).argmax()))
-        mask = mask[index[-1]]
-    voxels = mask.nonzero().flatten()
-    return [*index, int(voxels[len(voxels) // 2])]
+def _patch(image: Tensor, middle: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The patch of ``image`` around a voxel, of a slice of it for a 2d patch; zeros where the image is smaller."""
+    if len(size) == 2:
+        image, middle = image[:, middle[0]], middle[1:]
+    starts = [max(min(m - p // 2, n - p), 0) for m, p, n in zip(middle, size, image.shape[1:], strict=True)]
+    patch = image[(slice(None), *[slice(s, s + p) for s, p in zip(starts, size, strict=True)])]
+    missing = [p - n for p, n in zip(size, patch.shape[1:], strict=True)]
+    return torch.nn.functional.pad(patch, [w for m in reversed(missing) for w in (m // 2, m - m // 2)]).cpu()
 
 
 @contextmanager
@@ -136,7 +154,7 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
 
 
 def _gathered_report(trainer: NormTrainer, predictor: ValidationPredictor, group: Any) -> dict[str, Any]:
-    predictor.measure_batch()
+    predictor.measure_batches()
     parts = trainer.gathered((predictor.counts, predictor.differences, predictor.decisions, predictor.num_cases), group)
     counts, differences, decisions, cases = zip(*parts, strict=True)
     disparity = Disparity.of(sum(counts, DisparityCounts()))
@@ -172,7 +190,7 @@ def report_of(
             "per_class": _named(names, disparity.per_class),
             "mean": _none_for_nan(disparity.mean),
             "num_batches": disparity.num_batches,
-            "batch_size": trainer.configuration_manager.batch_size,
+            "batch_size": disparity.num_samples / disparity.num_batches if disparity.num_batches else None,
         },
         "tile_mismatch": {
             "per_class": _named(names, mismatch.per_class),

@@ -141,3 +141,20 @@ def test_layer_norm_is_left_alone():
     network = nn.Sequential(nn.LayerNorm(4), nn.BatchNorm2d(4))
     convert_norm(network, "none")
     assert [type(m) for m in network] == [nn.LayerNorm, nn.Identity]
+
+
+def test_a_norm_without_tensors_of_its_own_takes_device_and_dtype_from_its_network():
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.InstanceNorm2d(4)).double()
+    convert_norm(network, "batch_norm")
+    assert network(torch.randn(2, 1, 3, 3, dtype=torch.double)).dtype == torch.double
+    on_meta = convert_norm(nn.Sequential(nn.Conv2d(1, 4, 1), nn.InstanceNorm2d(4)).to("meta"), "batch_renorm")
+    assert on_meta[1].running_mean.device.type == "meta"
+
+
+def test_a_norm_without_shift_stays_without():
+    old = nn.BatchNorm2d(3)
+    old.register_parameter("bias", None)
+    network = convert_norm(nn.Sequential(old), "batch_renorm", warmup_steps=0, ramp_steps=0)
+    assert list(network.state_dict()) == ["0.weight", "0.running_mean", "0.running_var", "0.num_batches_tracked"]
+    network(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    assert network[0].weight.grad.isfinite().all()

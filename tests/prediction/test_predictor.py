@@ -150,6 +150,35 @@ def test_without_an_effective_halo_half_of_the_tile_is_cut_away(error, monkeypat
         predictor(network, (16, 16), halo="erf").predict_sliding_window_return_logits(image)
 
 
+def test_the_effective_halo_is_measured_once_for_the_same_weights(monkeypatch):
+    """It costs a dozen tiles; the weights of another fold have one of their own."""
+    measured = []
+    monkeypatch.setattr("nnunet_norm.prediction.predictor.effective", lambda *_: measured.append(1) or ((3, 3), (3, 3)))
+    network, image = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), torch.randn(1, 1, 40, 16, dtype=torch.float64)
+    tiled = predictor(network, (16, 16))
+    for _ in range(2):
+        tiled.predict_sliding_window_return_logits(image)
+    assert len(measured) == 1
+    with torch.no_grad():
+        next(network.parameters()).add_(0.1)
+    tiled.predict_sliding_window_return_logits(image)
+    assert len(measured) == 2
+
+
+def test_images_are_taken_in_the_precision_of_the_network():
+    """Arrays of NumPy are float64 where nobody says otherwise."""
+    tiled = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8))
+    image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    expected = tiled.predict_sliding_window_return_logits(image.float())
+    assert torch.equal(tiled.predict_sliding_window_return_logits(image), expected)
+
+
+def test_an_empty_image_is_refused():
+    """Not left to an assertion."""
+    with pytest.raises(InputImageError, match=r"image of shape \(1, 0, 8, 8\) is empty"):
+        predictor(unet([(1, 1), (2, 2)]), (8, 8)).predict_sliding_window_return_logits(torch.zeros(1, 0, 8, 8))
+
+
 def test_the_precision_of_the_network_is_told_apart_from_that_of_the_result():
     """Under autocast logits are half, whatever they are converted to for averaging."""
     tiled = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8))

@@ -140,3 +140,8 @@ def test_sync_batch_norm_need_not_wait_for_other_processes(process_group):
     assert all(torch.equal(value, state[key][1]) for key, value in net.state_dict().items())
     with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
         measure_disparity(net, x, regions=False)
+
+
+def test_sync_batch_norm_beside_batch_renorm_need_not_wait_either(process_group):
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.SyncBatchNorm(4), BatchRenorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    measure_disparity(net, torch.randn(2, 1, 4, 4), regions=False, across_processes=False)

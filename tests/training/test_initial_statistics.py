@@ -41,3 +41,15 @@ def test_a_shared_norm_is_corrected_once():
     norm(torch.ones(1, 1, 2, 2) * 4)
     initial.forget(1)
     assert norm.running_mean.item() == pytest.approx(4)
+
+
+def test_a_variance_stays_a_variance():
+    """Rounding is enlarged by 1 / (share of the batches): a constant channel must not come out negative."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(32, momentum=5e-4)
+    initial = InitialStatistics.of(layer)
+    for _ in range(2):
+        layer(torch.randn(2, 32, 4, 4) * 1e-4)
+    initial.forget(2)
+    assert (layer.running_var >= 0).all()
+    assert layer.eval()(torch.randn(2, 32, 4, 4)).isfinite().all()

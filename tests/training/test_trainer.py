@@ -221,6 +221,24 @@ def test_a_checkpoint_without_our_keys_is_continued_with_gaps(dataset):
     assert [math.isnan(v) for v in values] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "fold", "num_cases", "num_batches", "measured_size"),
+    [(2, 0, 1, 1, 2), (4, "all", 5, 5, 4), (3, "all", 5, 5, 3), (12, 0, 1, 1, 8)],
+)
+def test_final_disparity_is_measured_on_batches_of_the_trainings_size(
+    dataset, batch_size, fold, num_cases, num_batches, measured_size
+):
+    """It depends on that size. A case gives 8 tiles at most, so one case and a batch of 12 is measured on 8: that is said."""
+    dataset.plans(name="batch", batch_size=batch_size, iterations_per_epoch=1)
+    trainer = dataset.trainer("nnUNetTrainerBatchNorm_1epochs", plans="batch", fold=fold)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    report = report_of(trainer)
+    assert report["num_cases"] == num_cases
+    disparity = report["train_eval_disparity"]
+    assert (disparity["num_batches"], disparity["batch_size"]) == (num_batches, measured_size)
+
+
 def test_the_progress_picture_has_a_panel_more(dataset):
     from PIL import Image
 
