@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -102,16 +103,13 @@ class ValidationPredictor(HaloPredictor):
     def _tiles_of(self, image: Tensor, logits: Tensor) -> list[Tensor]:
         """Patches of one case, as many as a batch could need, around foreground voxels spread over the case."""
         foreground = (logits > 0 if self.trainer.label_manager.has_regions else logits[1:] > logits[:1]).any(0)
-        voxels = foreground.nonzero() if foreground.any() else torch.ones_like(foreground).nonzero()
+        voxels = foreground.flatten().nonzero().flatten()
+        places = len(voxels) or foreground.numel()
         count = min(self.batch_size, TILES_PER_CASE)
-        return [
-            _patch(image, voxels[(2 * k + 1) * len(voxels) // (2 * count)].tolist(), self.patch) for k in range(count)
-        ]
-
-    @property
-    def patch(self) -> Sequence[int]:
-        """The patch of the training."""
-        return self.configuration_manager.patch_size
+        chosen = [(2 * k + 1) * places // (2 * count) for k in range(count)]
+        flat = voxels[chosen].tolist() if len(voxels) else chosen
+        middles = zip(*np.unravel_index(flat, tuple(foreground.shape)), strict=True)
+        return [_patch(image, [int(m) for m in middle], self.configuration_manager.patch_size) for middle in middles]
 
 
 def _patch(image: Tensor, middle: Sequence[int], size: Sequence[int]) -> Tensor:
