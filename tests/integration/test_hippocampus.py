@@ -84,7 +84,8 @@ def test_every_fold_ends_with_predictions_probabilities_and_a_report(trained):
             assert sorted(p.stem for p in validation.glob("*.npz")) == segmentations
             report = json.loads((validation / "norm_report.json").read_text())
             assert report["num_cases"] == len(segmentations)
-            assert report["train_eval_disparity"]["num_batches"] == 1
+            disparity = report["train_eval_disparity"]
+            assert (disparity["num_batches"], disparity["batch_size"]) == (2, 2)
             assert not list(validation.glob(".*"))  # nothing half-written
 
 
