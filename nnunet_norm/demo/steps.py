@@ -238,4 +238,5 @@ class Programs:
         image = self.space.raw / "imagesTs" / f"{TEST_CASE}_0000.nii.gz"
         model = self.space.fold(norm).parent
         arguments = ["--model", str(model), "--image", str(image), "--output", str(output), "--z", str(SLICE)]
-        self._run(f"tilings_{norm}", [sys.executable, "-m", "nnunet_norm.demo.tilings", *arguments])
+        # -P: started in a checkout, as the README does, it would import the checkout's folder and not what is installed.
+        self._run(f"tilings_{norm}", [sys.executable, "-P", "-m", "nnunet_norm.demo.tilings", *arguments])

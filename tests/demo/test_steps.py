@@ -10,7 +10,7 @@ import pytest
 
 from nnunet_norm.demo.process import run_logged
 from nnunet_norm.demo.run import run_demo
-from nnunet_norm.demo.steps import Step, continue_flag, is_trained, run_steps, steps
+from nnunet_norm.demo.steps import Programs, Step, continue_flag, is_trained, run_steps, steps
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
 from nnunet_norm.errors import NnunetNormError, OutputError, SetupError
 
@@ -216,3 +216,16 @@ def test_an_interrupted_demo_ends_its_program(space):
 def test_settings_are_kept_in_the_folder(space):
     """What a folder was made with can be read by people too."""
     assert json.loads((space.folder / "demo.json").read_text()) == {"recipe": 1, "epochs": 2, "seed": 3}
+
+
+def test_the_comparison_runs_what_is_installed_wherever_the_demo_is_started(space, tmp_path, monkeypatch):
+    """In a checkout, ``python -m`` would take the folder nnunet_norm in front of what pip has installed."""
+    commands = []
+    monkeypatch.setattr(Programs, "_run", lambda self, name, command, *_, **__: commands.append(command))
+    Programs(space, None).compare_tilings("BatchRenorm")
+    (command,) = commands
+    (tmp_path / "nnunet_norm").mkdir()
+    (tmp_path / "nnunet_norm" / "__init__.py").write_text("raise SystemExit('the checkout')")
+    program = command[: command.index("--model")]
+    done = subprocess.run([*program, "--help"], cwd=tmp_path, env=space.environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
