@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,3 +45,8 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int = 4) -> N
     """
     with written_beside(path) as beside:
         beside.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def is_whole_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a checkpoint that was written to its end: torch writes zip archives, whose index comes last."""
+    return zipfile.is_zipfile(path)

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from nnunet_norm.demo import data, tilings
 from nnunet_norm.demo.process import run_logged
-from nnunet_norm.demo.workspace import CONFIGURATION, DATASET, PLANS, TRAINERS, Workspace, is_whole_checkpoint
+from nnunet_norm.demo.workspace import CONFIGURATION, DATASET, PLANS, TRAINERS, Workspace
 from nnunet_norm.errors import NnunetNormError, OutputError
 from nnunet_norm.planning import derive_plans, load_plans, save_plans
+from nnunet_norm.writing import is_whole_checkpoint
 
 DATASET_ID = str(int(DATASET[7:10]))
 

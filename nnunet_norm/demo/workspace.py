@@ -3,7 +3,6 @@
 import json
 import os
 import sysconfig
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -182,8 +181,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise OutputError(f"{path} cannot be read ({error}): delete it, or choose another folder with -o") from error
-
-
-def is_whole_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint that was written to its end: torch writes zip archives, whose index comes last."""
-    return zipfile.is_zipfile(path)

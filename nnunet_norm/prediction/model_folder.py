@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 
 from nnunet_norm.errors import ModelFolderError, SetupError
+from nnunet_norm.writing import is_whole_checkpoint
 
 SEARCH_PATH = "nnUNet_extTrainer"
 """nnU-Net's variable with the folders of further trainers."""
@@ -52,7 +52,7 @@ def check_model_folder(folder: str, folds: Sequence[int | str] | str | None, che
             f"folds that have it (choose with -f): {', '.join(complete) or 'none'}"
         )
     for path in (os.path.join(folder, f"fold_{fold}", checkpoint_name) for fold in wanted):
-        if not zipfile.is_zipfile(path):  # as torch writes it; a file that was cut off is none
+        if not is_whole_checkpoint(path):
             raise ModelFolderError(f"checkpoint {path!r} is not whole: copy it again, or train the fold anew")
 
 

@@ -129,8 +129,7 @@ class NormTrainer(nnUNetTrainer):
         """Build everything, then tell BatchRenorm how many steps are planned."""
         self._seed(0)
         super().initialize()
-        keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
-        self.logger.local_logger.register(keys, self.current_epoch)
+        self._register_keys()
         self._plan_schedule()
 
     def _seed(self, step: int) -> None:
@@ -145,6 +144,10 @@ class NormTrainer(nnUNetTrainer):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - nnU-Net's loaders and transforms draw from the global generators
         torch.manual_seed(seed)
+
+    def _register_keys(self) -> None:
+        keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
+        self.logger.local_logger.register(keys, self.current_epoch)
 
     def _plan_schedule(self) -> None:
         if not self.renorms:
@@ -173,8 +176,7 @@ class NormTrainer(nnUNetTrainer):
     def load_checkpoint(self, checkpoint: dict[str, Any] | str) -> None:
         """Continue, also from a checkpoint in which this package's keys are missing."""
         super().load_checkpoint(checkpoint)
-        keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
-        self.logger.local_logger.register(keys, self.current_epoch)
+        self._register_keys()
 
     def on_train_start(self) -> None:
         """Begin the schedule and the running statistics afresh, unless a training is continued."""
