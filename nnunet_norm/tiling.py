@@ -52,9 +52,7 @@ def padded_shape(image_shape: Sequence[int], stride: Sequence[int]) -> tuple[int
         TilingError: an extent or stride below 1, or numbers of axes that differ.
     """
     image = _integers("image shape", image_shape, len(image_shape), minimum=1)
-    return tuple(
-        _round_up(n, s) for n, s in zip(image, _integers("stride", stride, len(image), minimum=1), strict=True)
-    )
+    return tuple(round_up(n, s) for n, s in zip(image, _integers("stride", stride, len(image), minimum=1), strict=True))
 
 
 def smallest_tile(halo: Halo, stride: Sequence[int]) -> tuple[int, ...]:
@@ -72,7 +70,7 @@ def smallest_tile(halo: Halo, stride: Sequence[int]) -> tuple[int, ...]:
     """
     strides = _integers("stride", stride, len(stride), minimum=1)
     halos = _halo_per_axis(halo, len(strides))
-    return tuple(_round_up(before + after + s, s) for (before, after), s in zip(halos, strides, strict=True))
+    return tuple(round_up(before + after + s, s) for (before, after), s in zip(halos, strides, strict=True))
 
 
 def plan_tiles(image_shape: Sequence[int], tile_shape: Sequence[int], halo: Halo, stride: Sequence[int]) -> list[Tile]:
@@ -133,9 +131,9 @@ def _plan_axis(axis: int, n: int, tile: int, halo: tuple[int, int], stride: int)
     if tile % stride:
         raise TilingError(
             f"tile size {tile} on axis {axis} is not a multiple of the network's total stride {stride}: "
-            f"the next valid size is {_round_up(tile, stride)}"
+            f"the next valid size is {round_up(tile, stride)}"
         )
-    padded = _round_up(n, stride)
+    padded = round_up(n, stride)
     origins = _origins(axis, padded, tile, halo, stride)
     tile = min(tile, padded)
     cuts = [0, *(_cut(p, q, tile, halo, stride) for p, q in itertools.pairwise(origins)), n]
@@ -152,7 +150,7 @@ def _origins(axis: int, padded: int, tile: int, halo: tuple[int, int], stride: i
         return [0]
     largest_step = (tile - sum(halo)) // stride
     if largest_step < 1:
-        smallest = min(padded, _round_up(sum(halo) + stride, stride))
+        smallest = min(padded, round_up(sum(halo) + stride, stride))
         raise TilingError(
             f"halo {halo[0]} before and {halo[1]} after on axis {axis} leaves no core of a tile of {tile} "
             f"(total stride {stride}): the smallest tile size that will do is {smallest}"
@@ -167,11 +165,12 @@ def _cut(origin: int, following: int, tile: int, halo: tuple[int, int], stride: 
     first, last = following + halo[0], origin + tile - halo[1]
     assert first <= last, (origin, following, tile, halo)
     middle = (first + last) // 2
-    on_grid = _round_up(first, stride)
+    on_grid = round_up(first, stride)
     return max(on_grid, middle // stride * stride) if on_grid <= last else middle
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 

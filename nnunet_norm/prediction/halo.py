@@ -13,7 +13,7 @@ from typing import Any
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.receptive_field import ReceptiveField
-from nnunet_norm.tiling import padded_shape, plan_tiles, smallest_tile
+from nnunet_norm.tiling import padded_shape, plan_tiles, round_up, smallest_tile
 
 HALO_WORDS = ("auto", "exact", "erf")
 """What a halo may be besides a number: the exact one where it fits, the exact one or a refusal, the effective one."""
@@ -92,7 +92,7 @@ class _Axis:
 
     def cap(self, sides: tuple[int, int]) -> tuple[int, int]:
         """The sides, scaled down if they must be, so that the core is at least half of the tile."""
-        room = self.tile - max(self.stride, _round_up(math.ceil(self.tile / 2), self.stride))
+        room = self.tile - max(self.stride, round_up(math.ceil(self.tile / 2), self.stride))
         total = sum(sides)
         return sides if total <= room else (sides[0] * room // total, sides[1] * room // total)
 
@@ -281,7 +281,7 @@ def _suffices(sides: Sides, inner: Sequence[bool], field: ReceptiveField, mirror
 
 def _aligned_halo(field: ReceptiveField) -> Sides:
     """The aligned reach rounded up to the stride: then cores lie on its grid, for which the aligned reach is meant."""
-    return tuple((_round_up(b, s), _round_up(a, s)) for (b, a), s in zip(field.aligned, field.stride, strict=True))
+    return tuple((round_up(b, s), round_up(a, s)) for (b, a), s in zip(field.aligned, field.stride, strict=True))
 
 
 def _mirrored(sides: Sides, mirror_axes: Sequence[int]) -> Sides:
@@ -296,7 +296,3 @@ def _per_axis(what: str, value: int | Sequence[int], axes: int, *, minimum: int)
             f"give one number for all or one per axis, each at least {minimum}"
         )
     return numbers
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
