@@ -1,4 +1,4 @@
-"""Predict images with a trained model, in halo-cut tiles: nothing is averaged, every voxel is written once.
+"""Predict images with a trained model as if each went through the network in one piece: no blending, no seams.
 
 Takes the flags of nnUNetv2_predict; -m names a model folder in place of -d, -tr, -p and -c.
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.model import add_model_arguments, fold, model_folder
+from nnunet_norm.commands.sizes import parse_size
 from nnunet_norm.errors import SetupError, TilingError
 
 if TYPE_CHECKING:
@@ -48,6 +49,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (default: the exact halo where it fits the tile, else the effective one), exact (or refuse), erf (the "
         "effective one), or voxels: one number for all axes or one per axis",
     )
+    parser.add_argument(
+        "--execution",
+        choices=("auto", "stages", "tiles"),
+        default="auto",
+        help="stages: every stage of the network over the whole image, exact at any depth; tiles: any network, one halo for "
+        "all of it; auto (default): stages where network, memory and scratch allow it",
+    )
+    parser.add_argument(
+        "--population",
+        choices=("stored", "image", "tile"),
+        help="whose statistics normalize: stored ones (default where the network has them); for InstanceNorm and GroupNorm "
+        "those of the whole image (default) or of each tile, as nnU-Net does",
+    )
+    parser.add_argument(
+        "--scratch", metavar="DIR", help="where stages keep their maps, as memory-mapped files (default: in memory)"
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory that the process may come to with stages, for example 6G (default: most of what is available); files of "
+        "--scratch come on top",
+    )
     parser.add_argument("-step_size", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
     parser.add_argument("--save_probabilities", action="store_true", help="also write what nnUNetv2_ensemble needs")
@@ -66,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the model and predict the folder."""
     halo = _halo(args.halo)
+    max_memory = parse_size(args.max_memory) if args.max_memory is not None else None
     _check(args)
     folder = model_folder(args)
     from nnunet_norm.prediction import HaloPredictor  # nnU-Net takes seconds to import: refuse first
@@ -80,6 +104,10 @@ def run(args: argparse.Namespace) -> None:
         allow_tqdm=not args.disable_progress_bar,
         tile_size=args.tile_size,
         halo=halo,
+        execution=args.execution,
+        population=args.population,
+        scratch=args.scratch,
+        max_memory=max_memory,
     )
     with messages_shown():
         predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)

@@ -108,14 +108,16 @@ def predictors(model_folder: Path) -> dict[str, Any]:
 
     from nnunet_norm.prediction import HaloPredictor
 
-    options = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}
-    both = {
+    options: dict[str, Any] = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}
+    both: dict[str, Any] = {
         GAUSSIAN: nnUNetPredictor(device=torch.device("cpu"), **options),
         HALO: HaloPredictor(device=torch.device("cpu"), tile_size=(TILE_SIZE, TILE_SIZE), halo=HALO_SIZE, **options),
     }
     for predictor in both.values():
         predictor.initialize_from_trained_model_folder(str(model_folder), (0,), "checkpoint_final.pth")
         predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    if both[HALO].field.tile_statistics:
+        both[HALO].population = "tile"
     return both
 
 

@@ -109,7 +109,7 @@ def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(var)
 
 
-def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over ``(N, *spatial)``, at least in single precision."""
     has_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and x.dtype not in _HALF)
     if torch.compiler.is_compiling() or not has_kernel:
@@ -211,13 +211,13 @@ class _BatchRenorm(_NormBase):
         if x.numel() <= x.size(1):
             raise LayerError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         if torch.compiler.is_compiling():
-            mean, var = _batch_statistics(x.detach())
+            mean, var = batch_statistics(x.detach())
             scale, shift = _fold(self.weight, self.bias, *_compiled_step(mean, var, *self._step_arguments(x)))
             return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
         if self.r_max == 1 and self.d_max == 0 and self.momentum is not None:
             return self._batch_norm(x)
         with torch.no_grad():
-            statistics = _batch_statistics(x)
+            statistics = batch_statistics(x)
             correction = _step(*statistics, *self._step_arguments(x))
         return _Renormalize.apply(x, self.weight, self.bias, statistics, correction, self.eps)
 
@@ -248,7 +248,7 @@ class _BatchRenorm(_NormBase):
         """The r and d of ``x`` before clipping, against the present running statistics; changes nothing."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        mean, var = _batch_statistics(x)
+        mean, var = batch_statistics(x)
         r, d = _correction(mean, var, self.running_mean.to(mean.dtype), self.running_var.to(var.dtype), self.eps)
         clipped_r, clipped_d = _clip(r, d, self.limits())
         return Correction(r, d, (clipped_r != r) | (clipped_d != d))

@@ -123,7 +123,8 @@ def require_finite(values: NDArray[Any] | torch.Tensor, what: str) -> None:
         InputImageError: with the number of such values.
     """
     isfinite = torch.isfinite if isinstance(values, torch.Tensor) else np.isfinite
-    bad = sum(int((~isfinite(part)).sum()) for part in values)  # part by part: the masks stay small
+    parts = (plane for part in values for plane in part) if values.ndim > 2 else values  # so that masks stay small
+    bad = sum(int((~isfinite(part)).sum()) for part in parts)
     if bad:
         raise InputImageError(f"{what} has {bad} values that are not finite (NaN or infinity)")
 

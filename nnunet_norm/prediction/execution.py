@@ -6,10 +6,11 @@ network when, and what of the output is kept. Neither knows the other's business
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +19,53 @@ from nnunet_norm.tiling import Box, Tile, plan_tiles
 
 Forward = Callable[[Tensor], Tensor]
 """(1, C, *spatial) -> logits (1, K, *spatial), mirrored passes averaged; spatial extents are multiples of the stride."""
+
+
+class Result:
+    """Logits (K, *extents) of an image, added up over mirrored passes and folds."""
+
+    def __init__(
+        self,
+        extents: Sequence[int],
+        allocate: Callable[[Sequence[int], torch.dtype], Tensor] = lambda shape, dtype: torch.zeros(
+            *shape, dtype=dtype
+        ),
+        weight: float = 1.0,
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            extents: of the image.
+            allocate: gives zeroed memory, where the result shall lie.
+            weight: of everything that is added: 1 / folds.
+        """
+        self.extents = tuple(extents)
+        self.weight = weight
+        self.dtype: torch.dtype | None = None
+        self._allocate = allocate
+        self._sum: Tensor | None = None
+
+    def add(self, place: tuple[int | slice, ...], logits: Tensor, weight: float = 1.0) -> None:
+        """Add logits (K, *box) to the box; they are kept in single precision or better.
+
+        Args:
+            place: indices and slices of the image.
+            logits: on any device; the precision of the first is told by ``dtype``.
+            weight: of this pass among those that are averaged.
+        """
+        if self._sum is None:
+            self.dtype = logits.dtype
+            self._sum = self._allocate((len(logits), *self.extents), torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(self._sum.device, self._sum.dtype)
+        if self.weight * weight != 1:
+            logits = logits * (self.weight * weight)
+        self._sum[(slice(None), *place)] += logits
+
+    @property
+    def logits(self) -> Tensor:
+        """The sum, (K, *extents)."""
+        assert self._sum is not None
+        return self._sum
 
 
 class ExecutionPlan(Protocol):
@@ -33,31 +81,31 @@ class ExecutionPlan(Protocol):
     def as_dict(self) -> dict[str, Any]:
         """The plan for a JSON file; ``plan`` is its name."""
 
-    def run(self, forward: Forward, image: Tensor, progress: Callable[[], object]) -> Tensor:
+    def run(self, forward: Forward, image: Tensor, result: Result, progress: Callable[[], object]) -> None:
         """Predict.
 
         Args:
             forward: the network; takes its input from any device.
             image: (C, *spatial), or (C, Z, *spatial) for a 2d network that takes a stack slice by slice.
+            result: takes the logits.
             progress: called after every step.
-
-        Returns:
-            Logits (K, *) with the image's extents, on the image's device, in the dtype that ``forward`` returns.
         """
 
 
 class TilesPlan:
     """Overlapping tiles on the grid of the total stride; the halo is cut away and every voxel written once."""
 
-    def __init__(self, decision: Decision, shape: tuple[int, ...]) -> None:
+    def __init__(self, decision: Decision, shape: tuple[int, ...], reason: str = "") -> None:
         """Lay out the tiles.
 
         Args:
             decision: tile size and halo.
             shape: what is cut into tiles, at least the image's shape; the network sees zeros beyond the image.
+            reason: why the image is predicted in tiles.
         """
         self.decision = decision
         self.shape = shape
+        self.reason = reason
 
     @cached_property
     def tiles(self) -> list[Tile]:
@@ -71,26 +119,23 @@ class TilesPlan:
 
     def describe(self) -> str:
         """See ``Decision.describe``."""
-        return self.decision.describe()
+        return self.decision.describe() + (f"; in tiles because {self.reason}" if self.reason else "")
 
     def as_dict(self) -> dict[str, Any]:
-        """See ``Decision.as_dict``."""
-        return self.decision.as_dict()
+        """See ``Decision.as_dict``; with whose statistics, and why in tiles."""
+        population = "tile" if self.decision.statistics == "tile" else "stored"
+        return self.decision.as_dict() | {"population": population, "why_tiles": self.reason or None}
 
-    def run(self, forward: Forward, image: Tensor, progress: Callable[[], object] = lambda: None) -> Tensor:
+    def run(
+        self, forward: Forward, image: Tensor, result: Result, progress: Callable[[], object] = lambda: None
+    ) -> None:
         """See ``ExecutionPlan.run``."""
-        result: Tensor | None = None
         for index, plane in planes(image, len(self.shape)):
             for tile in self.tiles:
                 logits = forward(read(plane, tile.read))[0]
-                if result is None:
-                    result = logits.new_empty((len(logits), *image.shape[1:]), device=image.device)
                 core, write = _within(tile, plane.shape[1:])
-                place: tuple[int | slice, ...] = (slice(None), *index, *write)
-                result[place] = logits[(slice(None), *core)].to(image.device)
+                result.add((*index, *write), logits[(slice(None), *core)])
                 progress()
-        assert result is not None
-        return result
 
 
 def planes(image: Tensor, ndim: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:

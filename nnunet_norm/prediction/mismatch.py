@@ -2,20 +2,29 @@
 
 The planned tiles hardly overlap in what they keep. So each pair takes a planned tile and an extra one, shifted by about
 half a core along one axis, and compares them where both are valid: at least the halo away from every inner tile side.
+Stage by stage there are no tiles but blocks: the image is predicted with two grids of blocks, shifted against each other,
+and compared in blocks of the one, which the other cuts.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_norm.prediction.execution import TilesPlan, planes, read
+from nnunet_norm.prediction.execution import Result, TilesPlan, planes, read
 from nnunet_norm.prediction.predictor import HaloPredictor
+from nnunet_norm.prediction.stages_plan import StagesPlan, with_blocks_elsewhere
+from nnunet_norm.stages.regions import clip, slices
 from nnunet_norm.tiling import Box, intersection, padded_shape
+
+MEASURED_SLICES = 4
+"""Slices of a stack that are predicted with two grids of blocks."""
 
 Pair = tuple[Box, Box, Box]
 """Two tiles of the padded image, and the box of the image in which both are valid."""
@@ -35,12 +44,12 @@ def measure_tile_pairs(
         image: preprocessed, (C, x, y, z).
         max_pairs: how many pairs at most.
         seed: chooses among the shifts of a tile.
-        plan: how the image was predicted, if it has been.
+        plan: the tiles; by default those that the predictor would take.
 
     Yields:
         Logits (K, *box) of the same box from either tile, float32 or better, on the CPU.
     """
-    plan = plan or predictor.plan(image)
+    plan = plan or predictor.tiles_plan(image)
     in_order = [plane for _, plane in planes(image, len(plan.shape))]
     slices = [in_order[z] for z in sorted(range(len(in_order)), key=lambda z: abs(2 * z + 1 - len(in_order)))]
     pairs = _pairs(plan, max_pairs, seed)
@@ -49,6 +58,82 @@ def measure_tile_pairs(
         first, second, shared = pairs[pair]
         plane = slices[place]
         yield _logits(predictor, plane, first, shared), _logits(predictor, plane, second, shared)
+
+
+def measure_block_pairs(
+    predictor: HaloPredictor, image: Tensor, plan: StagesPlan, max_pairs: int = 12
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predict an image stage by stage with two grids of blocks, and yield the same voxels from either.
+
+    Nothing is mirrored. Blocks in the middle of the image come first; of a stack the slices in the middle are taken.
+
+    Args:
+        predictor: its network has the weights to measure.
+        image: preprocessed, (C, x, y, z).
+        plan: how the image was predicted.
+        max_pairs: how many pairs at most.
+
+    Yields:
+        Logits (K, *box) of the same box from either grid, float32 or better, on the CPU.
+    """
+    if image.ndim > len(plan.image_shape) + 1:
+        first = max((image.shape[1] - MEASURED_SLICES) // 2, 0)
+        image = image[:, first : first + MEASURED_SLICES]
+        plan = replace(plan, slices=image.shape[1])
+    plans = with_blocks_elsewhere(plan)
+    boxes = _blocks_in_the_middle(plans[1], image.shape[1:], max_pairs)
+    results = [_Boxes(boxes) for _ in plans]
+    for made, result in zip(plans, results, strict=True):
+        predictor.run_plan(made, image, result)
+    yield from zip(*(result.logits_of_boxes() for result in results), strict=True)
+
+
+class _Boxes(Result):
+    """Keeps some boxes of a result and forgets the rest."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        super().__init__(())
+        self._parts: list[Tensor | None] = [None] * len(boxes)
+        self._boxes = boxes
+
+    def add(self, place: tuple[int | slice, ...], logits: Tensor, weight: float = 1.0) -> None:
+        """See ``Result.add``; nothing is averaged."""
+        del weight
+        self.dtype = logits.dtype
+        given = tuple(slice(p, p + 1) if isinstance(p, int) else p for p in place)
+        values = logits.reshape(len(logits), *(side.stop - side.start for side in given)).cpu()
+        for number, box in enumerate(self._boxes):
+            shared = intersection(box, given)
+            if shared is not None:
+                part = self._parts[number]
+                if part is None:
+                    part = values.new_zeros(
+                        (len(values), *(side.stop - side.start for side in box)),
+                        dtype=torch.promote_types(values.dtype, torch.float32),
+                    )
+                    self._parts[number] = part
+                part[(slice(None), *_relative(shared, box))] = values[(slice(None), *_relative(shared, given))].to(
+                    part.dtype
+                )
+
+    def logits_of_boxes(self) -> list[Tensor]:
+        """Per box the logits (K, *box)."""
+        return [part for part in self._parts if part is not None]
+
+
+def _relative(box: Box, to: Box) -> Box:
+    return tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(box, to, strict=True))
+
+
+def _blocks_in_the_middle(plan: StagesPlan, extents: Sequence[int], at_most: int) -> list[Box]:
+    """Blocks of the last piece as boxes of the image, those in the middle first; none if there is only one."""
+    last = plan.schedule.blocks_of(len(plan.schedule.pieces) - 1)
+    inside = [clip(block, plan.image_shape) for block in last] if len(last) > 1 else []
+    boxes = [slices(block) for block in inside if all(start < stop for start, stop in block)]
+    if len(extents) > len(plan.image_shape):
+        boxes = [(slice(z, z + 1), *box) for box in boxes for z in range(extents[0])]
+    middle = np.array(extents) / 2
+    return sorted(boxes, key=lambda box: float(np.linalg.norm(_centre(box) - middle)))[:at_most]
 
 
 def _logits(predictor: HaloPredictor, plane: Tensor, tile: Box, box: Box) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
@@ -19,8 +19,17 @@ import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
+from nnunet_norm.errors import TilingError
 from nnunet_norm.metrics import PairDifference, TileMismatch, compare_pair, summarize
-from nnunet_norm.prediction import Decision, HaloPredictor, export_prediction_atomically, measure_tile_pairs
+from nnunet_norm.prediction import (
+    HaloPredictor,
+    StagesPlan,
+    TilesPlan,
+    export_prediction_atomically,
+    measure_block_pairs,
+    measure_tile_pairs,
+)
+from nnunet_norm.prediction.memory import default_max_memory
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
 from nnunet_norm.writing import write_json
 
@@ -53,8 +62,12 @@ class ValidationPredictor(HaloPredictor):
     def __init__(self, trainer: NormTrainer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.trainer = trainer
-        self.decisions: list[Decision] = []
+        available = default_max_memory()
+        if trainer.is_ddp and available is not None:  # nnU-Net's processes are all on one machine
+            self.max_memory = available // dist.get_world_size()
+        self.plans: list[dict[str, Any]] = []
         self.differences: list[PairDifference] = []
+        self.of_tiles: list[PairDifference] = []
         self.counts = DisparityCounts()
         self.num_cases = 0
         self._tiles: list[list[Tensor]] = []
@@ -62,17 +75,40 @@ class ValidationPredictor(HaloPredictor):
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Predict one case and measure on it."""
         logits = super().predict_sliding_window_return_logits(input_image)
-        assert self.last_decision is not None
-        if self.last_decision not in self.decisions:
-            self.decisions.append(self.last_decision)
-            self.trainer.print_to_log_file(f"Halo predictor: {self.last_decision.describe()}")
+        plan = self.last_plan
+        assert plan is not None
+        if plan.as_dict() not in self.plans:
+            self.plans.append(plan.as_dict())
+            self.trainer.print_to_log_file(f"Halo predictor: {plan.describe()}")
         self.num_cases += 1
         if self.num_cases <= MEASURED_CASES:
-            regions = self.trainer.label_manager.has_regions
-            pairs = measure_tile_pairs(self, input_image, plan=self.last_plan)
-            self.differences += [compare_pair(a, b, regions=regions, dtype=self.network_dtype) for a, b in pairs]
+            self._measure_mismatch(plan, input_image)
             self._tiles.append(self._tiles_of(input_image, logits))
         return logits
+
+    def plan(self, image: Tensor) -> StagesPlan | TilesPlan:
+        """See ``HaloPredictor.plan``; a validation that cannot have the whole image's statistics takes those of tiles."""
+        try:
+            return super().plan(image)
+        except TilingError as error:
+            if not self.field.tile_statistics or self.population is not None:
+                raise
+            self.trainer.print_to_log_file(f"Halo predictor: {error}; so the validation takes those of tiles")
+            self.population = "tile"
+            return super().plan(image)
+
+    def _measure_mismatch(self, plan: StagesPlan | TilesPlan, image: Tensor) -> None:
+        """Of the prediction as it was made; and of tiles where the network would normalize with their statistics."""
+        if isinstance(plan, TilesPlan):
+            self.differences += self._compared(measure_tile_pairs(self, image, plan=plan))
+            return
+        self.differences += self._compared(measure_block_pairs(self, image, plan))
+        if self.field.tile_statistics:
+            self.of_tiles += self._compared(measure_tile_pairs(self, image))
+
+    def _compared(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[PairDifference]:
+        regions = self.trainer.label_manager.has_regions
+        return [compare_pair(a, b, regions=regions, dtype=self.network_dtype) for a, b in pairs]
 
     @property
     def batch_size(self) -> int:
@@ -153,19 +189,23 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
 
 def _gathered_report(trainer: NormTrainer, predictor: ValidationPredictor, group: Any) -> dict[str, Any]:
     predictor.measure_batches()
-    parts = trainer.gathered((predictor.counts, predictor.differences, predictor.decisions, predictor.num_cases), group)
-    counts, differences, decisions, cases = zip(*parts, strict=True)
+    measured = (predictor.counts, predictor.differences, predictor.of_tiles, predictor.plans, predictor.num_cases)
+    counts, differences, of_tiles, plans, cases = zip(*trainer.gathered(measured, group), strict=True)
     disparity = Disparity.of(sum(counts, DisparityCounts()))
-    mismatch = summarize([difference for part in differences for difference in part])
-    unique = list(dict.fromkeys(decision for part in decisions for decision in part))
-    return report_of(trainer, disparity, mismatch, unique, sum(cases))
+    mismatch, tiles = (summarize(list(itertools.chain.from_iterable(parts))) for parts in (differences, of_tiles))
+    unique: list[dict[str, Any]] = []
+    for plan in itertools.chain.from_iterable(plans):
+        if plan not in unique:
+            unique.append(plan)
+    return report_of(trainer, disparity, mismatch, tiles, unique, sum(cases))
 
 
 def report_of(
     trainer: NormTrainer,
     disparity: Disparity,
     mismatch: TileMismatch,
-    decisions: list[Decision],
+    of_tiles: TileMismatch,
+    plans: list[dict[str, Any]],
     num_cases: int,
 ) -> dict[str, Any]:
     """The report as it is written: None stands for what was not measured or is not there."""
@@ -181,8 +221,8 @@ def report_of(
         "predictor": {
             "name": "nnunet_norm HaloPredictor",
             "blending": None,
-            "exact": all(decision.exact for decision in decisions),
-            "decisions": [decision.as_dict() for decision in decisions],
+            "exact": all(plan["exact"] for plan in plans),
+            "plans": plans,
         },
         "train_eval_disparity": {
             "per_class": _named(names, disparity.per_class),
@@ -190,14 +230,10 @@ def report_of(
             "num_batches": disparity.num_batches,
             "batch_size": disparity.num_samples / disparity.num_batches if disparity.num_batches else None,
         },
-        "tile_mismatch": {
-            "per_class": _named(names, mismatch.per_class),
-            "max_dist": _none_for_nan(mismatch.max_dist),
-            "verdict": mismatch.verdict,
-            "max_logit": _none_for_nan(mismatch.max_logit),
-            "num_pairs": mismatch.num_pairs,
-        },
+        "tile_mismatch": _mismatch(names, mismatch),
     }
+    if of_tiles.num_pairs:
+        report["tile_mismatch_with_tile_statistics"] = _mismatch(names, of_tiles)
     if trainer.renorms:
         report["batch_renorm"] = {
             "batch_statistics_disparity": _named(names, disparity.batch_statistics),
@@ -206,6 +242,16 @@ def report_of(
             "abs_d": _none_for_nan(disparity.abs_d),
         }
     return report
+
+
+def _mismatch(names: list[str], mismatch: TileMismatch) -> dict[str, Any]:
+    return {
+        "per_class": _named(names, mismatch.per_class),
+        "max_dist": _none_for_nan(mismatch.max_dist),
+        "verdict": mismatch.verdict,
+        "max_logit": _none_for_nan(mismatch.max_logit),
+        "num_pairs": mismatch.num_pairs,
+    }
 
 
 def _named(names: list[str], values: Any) -> dict[str, float | None]:
@@ -224,6 +270,11 @@ def _log(trainer: NormTrainer, report: dict[str, Any]) -> None:
     trainer.print_to_log_file(
         f"Tile mismatch {_words(mismatch['per_class'])}, max dist: {mismatch['verdict']} ({mismatch['num_pairs']} pairs)"
     )
+    tiles = report.get("tile_mismatch_with_tile_statistics")
+    if tiles is not None:
+        trainer.print_to_log_file(
+            f"In tiles with statistics of their own it would be {_words(tiles['per_class'])}, max dist: {tiles['verdict']}"
+        )
     trainer.print_to_log_file(
         "New images are predicted this way by: nnunet-norm predict "
         f"-d {trainer.plans_manager.dataset_name} -tr {report['trainer']} -p {report['plans']} "

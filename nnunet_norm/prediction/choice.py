@@ -1,0 +1,222 @@
+"""Which execution plan predicts an image, and with whose statistics; refusals of what cannot be honoured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nnunet_norm.errors import TilingError
+from nnunet_norm.prediction.memory import (
+    MOST_OF_IT,
+    anonymous_memory,
+    default_max_memory,
+    free_disk,
+    free_on,
+    size,
+)
+from nnunet_norm.prediction.stages_plan import StagesPlan
+from nnunet_norm.receptive_field import ReceptiveField
+from nnunet_norm.stages import Graph, Schedule, make_schedule
+from nnunet_norm.stages.schedule import BLOCK_BYTES
+from nnunet_norm.tiling import padded_shape
+
+EXECUTIONS = ("auto", "stages", "tiles")
+POPULATIONS = ("stored", "image", "tile")
+
+SMALLEST_BLOCK_BYTES = 2**20
+"""The widest map of a block is not made smaller than this to fit into memory: halos would cost more than the network."""
+
+BLOCK_BYTES_ON_DEVICE = 512 * 2**20
+"""The widest map of a block on a GPU, which wants large ones."""
+
+BLOCKS_AT_A_TIME = 3
+"""One is read, one computed and one written."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for; see ``HaloPredictor``."""
+
+    execution: str
+    population: str | None
+    scratch: Path | None
+    max_memory: int | None
+    tiles_are_given: bool
+
+
+def population_of(wishes: Wishes, field: ReceptiveField) -> str:
+    """Whose statistics are used: ``stored``, ``image`` or ``tile``.
+
+    Raises:
+        TilingError: statistics that the network does not have, or that the execution asked for cannot use.
+    """
+    population = _population(wishes, field)
+    if wishes.execution == "stages" and population == "tile":
+        raise TilingError("execution 'stages' has no tiles, so --population tile needs --execution tiles (or auto)")
+    if wishes.execution == "stages" and wishes.tiles_are_given:
+        raise TilingError("--tile-size and --halo are for tiles: leave them out, or choose --execution tiles")
+    if population == "image" and (wishes.execution == "tiles" or wishes.tiles_are_given):
+        chosen = "--execution tiles was chosen" if wishes.execution == "tiles" else "--tile-size or --halo was given"
+        raise TilingError(
+            f"tiles cannot use the whole image's statistics, and {chosen}: leave that out, or choose --population tile, as "
+            "nnU-Net does"
+        )
+    return population
+
+
+def _population(wishes: Wishes, field: ReceptiveField) -> str:
+    if not field.tile_statistics:
+        if wishes.population not in (None, "stored"):
+            raise TilingError(
+                f"population {wishes.population!r} is for InstanceNorm and GroupNorm: every norm of this network has stored "
+                "statistics, or it has none: leave --population out"
+            )
+        return "stored"
+    if wishes.population == "stored":
+        raise TilingError(
+            f"population 'stored' does not exist for this network: {field.tile_statistics[0]} has no stored statistics; "
+            "choose --population image or tile"
+        )
+    return wishes.population or "image"
+
+
+def stages_or_reason(
+    wishes: Wishes,
+    population: str,
+    graph: Graph | str,
+    image_shape: Sequence[int],
+    *,
+    slices: int,
+    mirror_axes: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    on_device: bool,
+) -> StagesPlan | str:
+    """The plan that runs the image stage by stage, or why tiles do.
+
+    Args:
+        wishes: what the user asked for.
+        population: from ``population_of``.
+        graph: the network, or why it cannot be run stage by stage.
+        image_shape: spatial axes of the network.
+        slices: how many slices of this shape there are.
+        mirror_axes: spatial axes that are mirrored.
+        device: where the network computes.
+        dtype: of its weights.
+        on_device: scratch may lie on the device.
+
+    Raises:
+        TilingError: stages were asked for, or are needed for the statistics, and cannot be had.
+    """
+    if population == "tile":
+        return "the statistics of tiles were asked for"
+    reason = _why_tiles(wishes, graph)
+    if reason is None:
+        assert isinstance(graph, Graph)
+        plan = _fitting(wishes, population, graph, image_shape, slices, mirror_axes, device, dtype, on_device=on_device)
+        if isinstance(plan, StagesPlan):
+            return plan
+        reason = plan
+    if wishes.execution == "stages":
+        other = "--execution tiles" + (" --population tile" if population == "image" else "")
+        raise TilingError(f"execution 'stages' is not possible: {reason}; else choose {other}")
+    if population == "image":
+        raise TilingError(
+            f"the whole image's statistics cannot be had: {reason}; else choose --population tile, as nnU-Net does"
+        )
+    return reason
+
+
+def _why_tiles(wishes: Wishes, graph: Graph | str) -> str | None:
+    if wishes.execution == "tiles":
+        return "--execution tiles was chosen"
+    if wishes.tiles_are_given:
+        return "--tile-size or --halo was given, which are for tiles"
+    if isinstance(graph, str):
+        return f"this network cannot be run stage by stage: {graph}"
+    return None
+
+
+def _fitting(
+    wishes: Wishes,
+    population: str,
+    graph: Graph,
+    image_shape: Sequence[int],
+    slices: int,
+    mirror_axes: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    on_device: bool,
+) -> StagesPlan | str:
+    """The first way of running it that memory and disk hold, or what is missing."""
+    padded = padded_shape(image_shape, graph.stride)
+    itemsize = 2 if device.type == "cuda" else dtype.itemsize
+    result_itemsize = max(dtype.itemsize, 4)
+    voxels = slices * torch.Size(image_shape).numel()
+    result_bytes = graph.nodes[-1].channels * voxels * result_itemsize
+    limit = wishes.max_memory or default_max_memory()
+    missing = ""
+    for first_level in ("stored", "computed again"):
+        schedule = _schedule(graph, padded, itemsize, first_level == "stored", device, limit)
+        for place in _places(wishes, device, schedule, on_device=on_device):
+            on_host = place == "memory"
+            memory = schedule.block_bytes * (BLOCKS_AT_A_TIME if device.type == "cuda" or place == "disk" else 1)
+            memory += (schedule.scratch_bytes if on_host else 0) + (result_bytes if place != "disk" else 0)
+            shortage = _shortage(wishes, place, memory, limit, schedule.scratch_bytes + result_bytes)
+            if shortage is None:
+                return StagesPlan(
+                    schedule,
+                    tuple(image_shape),
+                    slices,
+                    tuple(mirror_axes),
+                    population,
+                    device,
+                    dtype,
+                    place,
+                    wishes.scratch,
+                    result_bytes,
+                    memory,
+                    first_level,
+                    "the halo is that of every stage" if population == "stored" else "norms see the whole image",
+                )
+            missing = shortage  # the last way takes the least
+    return missing
+
+
+def _schedule(
+    graph: Graph, padded: Sequence[int], itemsize: int, store: bool, device: torch.device, limit: int | None
+) -> Schedule:
+    """The schedule with the largest blocks that a quarter of the memory holds."""
+    widest = BLOCK_BYTES_ON_DEVICE if device.type == "cuda" else BLOCK_BYTES
+    room = free_on(device) // 2 if device.type == "cuda" else (limit - anonymous_memory()) // 4 if limit else None
+    while True:
+        made = make_schedule(graph, padded, itemsize=itemsize, store_first_level=store, block_bytes=widest)
+        if room is None or made.block_bytes <= room or widest <= SMALLEST_BLOCK_BYTES:
+            return made
+        widest //= 2
+
+
+def _places(wishes: Wishes, device: torch.device, schedule: Schedule, *, on_device: bool) -> list[str]:
+    """Where scratch may lie, best first."""
+    fits = device.type == "cuda" and on_device and schedule.scratch_bytes <= MOST_OF_IT * free_on(device) / 2
+    on_disk = wishes.scratch is not None and not schedule.is_one_pass  # which stores nothing
+    return (["device"] if fits else []) + (["disk"] if on_disk else ["memory"])
+
+
+def _shortage(wishes: Wishes, place: str, memory: int, limit: int | None, scratch: int) -> str | None:
+    """What does not suffice, with what would do; None if all does. Memory is what comes on top of what is taken already."""
+    memory += anonymous_memory()
+    if limit is not None and memory > limit:
+        given = f"--max-memory {size(limit)}" if wishes.max_memory else f"the {size(limit)} that are available"
+        advice = "" if place == "disk" else ", or a folder with --scratch"
+        return f"it takes {size(memory)} of memory, and {given} do not suffice: give --max-memory more{advice}"
+    if place == "disk":
+        assert wishes.scratch is not None
+        free = free_disk(wishes.scratch)
+        if scratch > free:
+            return f"its scratch takes {size(scratch)}, and --scratch has {size(free)} free: choose a folder with more"
+    return None

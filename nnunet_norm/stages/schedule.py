@@ -1,0 +1,140 @@
+"""What running a network on one image takes, known before it starts: pieces, blocks, scratch, memory and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from nnunet_norm.stages.graph import Graph
+from nnunet_norm.stages.pieces import Piece, divide, regions, scratch_peak, work
+from nnunet_norm.stages.regions import Region, block_shape, blocks, extent_of, intervals
+
+BLOCK_BYTES = 12 * 2**20
+"""The widest map of a block on a CPU: below what its allocator hands back at once, and near to what its caches hold."""
+
+COPIES = 3
+"""The widest map of a block is there so many times more than counted: padded, reordered by the convolution, in transit."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A network on an image of one shape.
+
+    Attributes:
+        graph: the network.
+        pieces: in the order of computation.
+        extents: of every node's whole map.
+        block_shapes: per piece the extents of its blocks.
+        itemsize: bytes of a number.
+        shift: moves the grid of blocks, for measuring that it does not matter.
+    """
+
+    graph: Graph
+    pieces: tuple[Piece, ...]
+    extents: tuple[tuple[int, ...], ...]
+    block_shapes: tuple[tuple[int, ...], ...]
+    itemsize: int
+    shift: bool = False
+
+    def blocks_of(self, number: int) -> list[Region]:
+        """The blocks of a piece."""
+        shape, extents = self.block_shapes[number], self.extents[self.pieces[number].target]
+        return list(blocks(extents, shape, [edge // 2 for edge in shape] if self.shift else None))
+
+    @cached_property
+    def steps(self) -> int:
+        """Number of blocks over all pieces."""
+        return sum(len(self.blocks_of(number)) for number in range(len(self.pieces)))
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether every map is one block: then the network may as well run on the image as it is."""
+        return self.steps == len(self.pieces)
+
+    @cached_property
+    def scratch_bytes(self) -> int:
+        """The most that is stored at any time, in bytes."""
+        return scratch_peak(self.pieces, self.map_bytes)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """The most that the maps of one block take, in bytes, copies included."""
+        return max(self._bytes_of_block(number) for number in range(len(self.pieces)))
+
+    @cached_property
+    def passes(self) -> float:
+        """Work over that of one pass over the whole image: 1 plus what halos and computing again add."""
+        once: dict[int, int] = {}
+        done = 0
+        for number, piece in enumerate(self.pieces):
+            voxels = self._voxels_computed(number)
+            for node, per_voxel in work(self.graph, piece).items():
+                once[node] = per_voxel * math.prod(self.extents[node])
+                done += per_voxel * voxels[node]
+        return done / max(sum(once.values()), 1)
+
+    def map_bytes(self, node: int) -> int:
+        """Bytes of a node's whole map."""
+        return self.graph.nodes[node].channels * math.prod(self.extents[node]) * self.itemsize
+
+    def _bytes_of_block(self, number: int) -> int:
+        piece = self.pieces[number]
+        middle = tuple(
+            (max((n - edge) // 2, 0), max((n - edge) // 2, 0) + min(n, edge))
+            for n, edge in zip(self.extents[piece.target], self.block_shapes[number], strict=True)
+        )
+        found = regions(self.graph, piece, middle, self.extents)
+        sizes = [self.graph.nodes[node].channels * math.prod(extent_of(region)) for node, region in found.items()]
+        return (sum(sizes) + COPIES * max(sizes)) * self.itemsize
+
+    def _voxels_computed(self, number: int) -> dict[int, int]:
+        """Voxels of every node of a piece over all blocks: per axis the intervals add up, and axes multiply."""
+        piece, ndim = self.pieces[number], self.graph.ndim
+        target, shape = self.extents[piece.target], self.block_shapes[number]
+        voxels = dict.fromkeys(piece.inner, 1)
+        for axis in range(ndim):
+            lengths = dict.fromkeys(piece.inner, 0)
+            for interval in intervals(target[axis], shape[axis], shape[axis] // 2 if self.shift else 0):
+                along = tuple(interval if a == axis else (0, 1) for a in range(ndim))
+                found = regions(self.graph, piece, along, self.extents)
+                for node in piece.inner:
+                    lengths[node] += found[node][axis][1] - found[node][axis][0]
+            voxels = {node: voxels[node] * lengths[node] for node in piece.inner}
+        return voxels
+
+
+def make_schedule(
+    graph: Graph,
+    shape: Sequence[int],
+    *,
+    itemsize: int,
+    store_first_level: bool = True,
+    block_bytes: int = BLOCK_BYTES,
+    shift: bool = False,
+) -> Schedule:
+    """Cut a network into pieces and the maps of an image into blocks.
+
+    Args:
+        graph: the network.
+        shape: extents of the image, multiples of the total stride.
+        itemsize: bytes of a number that the network computes with.
+        store_first_level: see ``divide``.
+        block_bytes: the widest map of a block.
+        shift: move the grid of blocks by half a block.
+
+    Raises:
+        ArchitectureError: an image that the network cannot take.
+    """
+    pieces = divide(graph, store_first_level=store_first_level)
+    extents = tuple(graph.extents(shape))
+    shapes = []
+    for piece in pieces:
+        own = math.prod(graph.nodes[piece.target].stride)
+        per_voxel = max(
+            graph.nodes[node].channels * own / math.prod(graph.nodes[node].stride)
+            for node in {*piece.inner, *piece.sources}
+        )
+        shapes.append(block_shape(extents[piece.target], block_bytes / itemsize / float(per_voxel)))
+    return Schedule(graph, pieces, extents, tuple(shapes), itemsize, shift)

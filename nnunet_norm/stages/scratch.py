@@ -1,0 +1,202 @@
+"""Where the maps of a whole image lie between the pieces of a network: in memory, or in files that are mapped to it.
+
+Maps lie channels last, so that a box of one is read in long runs, and is what the convolutions of a CPU like best.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from nnunet_norm.errors import OutputError, TilingError
+from nnunet_norm.stages.regions import Region, slices
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "nnunet_norm_scratch_"
+"""Beginning of the name of a run's folder of scratch."""
+
+MANIFEST = "manifest.json"
+"""Describes the files of a run that can be resumed."""
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A copy of (N, C, *spatial) with the channels last in memory, where torch knows such a format."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    copy = torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=formats.get(x.ndim, torch.contiguous_format)
+    )
+    return copy.copy_(x)
+
+
+class StoredMap:
+    """A map (1, C, *extents) of the whole image."""
+
+    def __init__(self, data: Tensor) -> None:
+        """Take the memory, (*extents, C)."""
+        self.data = data
+
+    def read(self, region: Region) -> Tensor:
+        """A copy of a region, (1, C, *region), channels last."""
+        return channels_last(self.data[slices(region)].movedim(-1, 0)[None])
+
+    def write(self, region: Region, values: Tensor) -> None:
+        """Put (1, C, *region) in its place."""
+        self.data[slices(region)] = values[0].movedim(0, -1)
+
+
+class Scratch:
+    """Scratch in a device's memory."""
+
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        self.device = device
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether maps lie in files."""
+        return False
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory.
+
+        Raises:
+            TilingError: the device has not that much.
+        """
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise TilingError(
+                "the device's memory does not hold the scratch any more: keep it in the computer's with --not_on_device"
+            ) from error
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeroed memory."""
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+
+    def free(self, data: Tensor) -> None:
+        """Give the memory back."""
+        del data
+
+
+class ScratchOnDisk(Scratch):
+    """Scratch in memory-mapped files of one folder, one file per map; a file is removed when its map is freed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self._files: dict[int, Path] = {}
+        self._made = 0
+
+    @property
+    def is_on_disk(self) -> bool:
+        """See ``Scratch.is_on_disk``."""
+        return True
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A mapped file of zeros; its place on the disk is reserved at once.
+
+        Raises:
+            OutputError: the disk has not that much room.
+        """
+        count = torch.Size(shape).numel()
+        self._made += 1
+        path = self.folder / f"map_{self._made}"
+        try:
+            with path.open("wb") as file:
+                _reserve(file.fileno(), max(count * dtype.itemsize, 1))
+            data = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(tuple(shape))
+        except (OSError, RuntimeError) as error:
+            path.unlink(missing_ok=True)
+            raise OutputError(
+                f"scratch of {count * dtype.itemsize} bytes cannot be made in {str(self.folder)!r} "
+                f"({getattr(error, 'strerror', None) or error}): choose a --scratch folder with more room"
+            ) from error
+        self._files[data.data_ptr()] = path
+        return data
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See ``allocate``: new files are zero."""
+        return self.allocate(shape, dtype)
+
+    def free(self, data: Tensor) -> None:
+        """Remove the file; its pages go as soon as nobody refers to the map."""
+        self._files.pop(data.data_ptr()).unlink()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make a file of that size, on file systems that can without holes: a full disk shows here and not in a write."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder for one run's scratch, removed on any exit; what killed runs left is removed first.
+
+    Raises:
+        OutputError: no folder can be made there.
+    """
+    folder = parent / f"{FOLDER}{uuid4().hex}"
+    lock = FileLock(_lock_of(folder))  # held before the folder is there, so that nobody takes it for abandoned
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent)
+        lock.acquire()
+        folder.mkdir()
+    except OSError as error:
+        raise OutputError(
+            f"scratch folder {str(parent)!r} cannot be used ({error.strerror}): choose another"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+        _lock_of(folder).unlink(missing_ok=True)
+
+
+def remove_abandoned(parent: Path) -> list[Path]:
+    """Remove the scratch of runs that were killed: folders whose lock nobody holds, and no valid manifest describes.
+
+    Returns:
+        The folders that were removed.
+    """
+    removed = []
+    for folder in sorted(path for path in parent.glob(f"{FOLDER}*") if path.is_dir()):
+        if _is_described(folder):
+            continue
+        try:
+            with FileLock(_lock_of(folder), timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+                _lock_of(folder).unlink(missing_ok=True)
+        except (Timeout, PermissionError):  # somebody is at work there, or it is another user's
+            continue
+        if not folder.exists():
+            logger.info(f"removed the scratch of a run that was killed: {folder}")
+            removed.append(folder)
+    return removed
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether the manifest of a resumable run names files that are all there, whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
