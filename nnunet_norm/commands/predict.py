@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load the model and predict the folder."""
     halo = _halo(args.halo)
-    max_memory = parse_size(args.max_memory) if args.max_memory is not None else None
+    max_memory = parse_size(args.max_memory, "--max-memory") if args.max_memory is not None else None
     _check(args)
     folder = model_folder(args)
     from nnunet_norm.prediction import HaloPredictor  # nnU-Net takes seconds to import: refuse first

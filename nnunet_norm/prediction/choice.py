@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,13 @@ BLOCK_BYTES_ON_DEVICE = 512 * 2**20
 
 BLOCKS_AT_A_TIME = 3
 """One is read, one computed and one written."""
+
+
+MAPS_ON_DEVICE = 20
+"""A block's widest map takes at most one part in so many of a GPU's memory: there are several, and the convolution's own."""
+
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 1.1, 192 * 2**20
+"""What the allocator and the libraries take on top of what is counted: a factor, and bytes."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +167,19 @@ def _fitting(
     voxels = slices * torch.Size(image_shape).numel()
     result_bytes = graph.nodes[-1].channels * voxels * result_itemsize
     limit = wishes.max_memory or default_max_memory()
-    missing = ""
-    for first_level in ("stored", "computed again"):
-        schedule = _schedule(graph, padded, itemsize, first_level == "stored", device, limit)
+    shortage: str | None = None
+    for first_level, block_bytes in itertools.product(("stored", "computed again"), _block_sizes(device)):
+        schedule = make_schedule(
+            graph,
+            padded,
+            itemsize=itemsize,
+            store_first_level=first_level == "stored",
+            block_bytes=block_bytes,
+        )
         for place in _places(wishes, device, schedule, on_device=on_device):
-            on_host = place == "memory"
             memory = schedule.block_bytes * (BLOCKS_AT_A_TIME if device.type == "cuda" or place == "disk" else 1)
-            memory += (schedule.scratch_bytes if on_host else 0) + (result_bytes if place != "disk" else 0)
+            memory += (schedule.scratch_bytes if place == "memory" else 0) + (result_bytes if place != "disk" else 0)
+            memory = int(memory * ALLOCATOR_SHARE) + ALLOCATOR_BYTES
             shortage = _shortage(wishes, place, memory, limit, schedule.scratch_bytes + result_bytes)
             if shortage is None:
                 return StagesPlan(
@@ -183,21 +197,19 @@ def _fitting(
                     first_level,
                     "the halo is that of every stage" if population == "stored" else "norms see the whole image",
                 )
-            missing = shortage  # the last way takes the least
-    return missing
+    assert shortage is not None
+    return shortage  # of the last way, which takes the least
 
 
-def _schedule(
-    graph: Graph, padded: Sequence[int], itemsize: int, store: bool, device: torch.device, limit: int | None
-) -> Schedule:
-    """The schedule with the largest blocks that a quarter of the memory holds."""
-    widest = BLOCK_BYTES_ON_DEVICE if device.type == "cuda" else BLOCK_BYTES
-    room = free_on(device) // 2 if device.type == "cuda" else (limit - anonymous_memory()) // 4 if limit else None
-    while True:
-        made = make_schedule(graph, padded, itemsize=itemsize, store_first_level=store, block_bytes=widest)
-        if room is None or made.block_bytes <= room or widest <= SMALLEST_BLOCK_BYTES:
-            return made
-        widest //= 2
+def _block_sizes(device: torch.device) -> list[int]:
+    """The widest map of a block, from what runs best down to what takes the least memory."""
+    most = BLOCK_BYTES
+    if device.type == "cuda":
+        most = min(BLOCK_BYTES_ON_DEVICE, max(free_on(device) // MAPS_ON_DEVICE, SMALLEST_BLOCK_BYTES))
+    sizes = [most]
+    while sizes[-1] // 2 >= SMALLEST_BLOCK_BYTES:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _places(wishes: Wishes, device: torch.device, schedule: Schedule, *, on_device: bool) -> list[str]:

@@ -163,7 +163,7 @@ class HaloPredictor(PlanningPredictor):
             tqdm(total=plan.steps, disable=not self.allow_tqdm) as bar,
         ):
             plan.run(lambda batch: self._average(batch, self.mirror_axes), image, result, bar.update)
-        if isinstance(plan, StagesPlan):
+        if isinstance(plan, StagesPlan) and not plan.schedule.is_one_pass:
             self.network_dtype = result.dtype
 
     def tile_logits(self, batch: Tensor) -> Tensor:

@@ -50,8 +50,12 @@ class Schedule:
 
     @property
     def is_one_pass(self) -> bool:
-        """Whether every map is one block: then the network may as well run on the image as it is."""
-        return self.steps == len(self.pieces)
+        """Whether every map is one block: then the network may as well run on the image as it is.
+
+        But not where a norm would get the statistics of one voxel: InstanceNorm of torch refuses it.
+        """
+        voxels = [math.prod(self.extents[self.graph.nodes[norm].inputs[0]]) for norm in self.graph.norms]
+        return self.steps == len(self.pieces) and min(voxels, default=2) > 1
 
     @cached_property
     def scratch_bytes(self) -> int:
