@@ -163,9 +163,8 @@ def _fitting(
     """The first way of running it that memory and disk hold, or what is missing."""
     padded = padded_shape(image_shape, graph.stride)
     itemsize = 2 if device.type == "cuda" else dtype.itemsize
-    result_itemsize = max(dtype.itemsize, 4)
     voxels = slices * torch.Size(image_shape).numel()
-    result_bytes = graph.nodes[-1].channels * voxels * result_itemsize
+    result_bytes = graph.nodes[-1].channels * voxels * max(dtype.itemsize, torch.float32.itemsize)
     limit = wishes.max_memory or default_max_memory()
     shortage: str | None = None
     for first_level, block_bytes in itertools.product(("stored", "computed again"), _block_sizes(device)):
@@ -183,19 +182,19 @@ def _fitting(
             shortage = _shortage(wishes, place, memory, limit, schedule.scratch_bytes + result_bytes)
             if shortage is None:
                 return StagesPlan(
-                    schedule,
-                    tuple(image_shape),
-                    slices,
-                    tuple(mirror_axes),
-                    population,
-                    device,
-                    dtype,
-                    place,
-                    wishes.scratch,
-                    result_bytes,
-                    memory,
-                    first_level,
-                    "the halo is that of every stage" if population == "stored" else "norms see the whole image",
+                    schedule=schedule,
+                    image_shape=tuple(image_shape),
+                    slices=slices,
+                    mirror_axes=tuple(mirror_axes),
+                    population=population,
+                    device=device,
+                    dtype=dtype,
+                    place=place,
+                    scratch_folder=wishes.scratch,
+                    result_bytes=result_bytes,
+                    memory_bytes=memory,
+                    first_level=first_level,
+                    reason="the halo is that of every stage" if population == "stored" else "norms see the whole image",
                 )
     assert shortage is not None
     return shortage  # of the last way, which takes the least

@@ -21,7 +21,7 @@ from nnunet_norm.stages.regions import Region, clip, slices, whole
 from nnunet_norm.stages.scratch import channels_last
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StagesPlan:
     """Every stage over the whole image, in blocks with the halo of that stage alone: the result of one pass, exactly.
 

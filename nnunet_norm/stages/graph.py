@@ -266,7 +266,8 @@ class _Reader:
             later = {user for node in shared for user in node.users if user in needed and order[user] > order[item]}
             if later:
                 user = min(later, key=order.__getitem__)
-                raise ArchitectureError(f"{item.target} changes in place what {user.name} uses afterwards")
+                name = getattr(item.target, "__name__", item.target)
+                raise ArchitectureError(f"{name} changes in place what {user.name} uses afterwards")
 
     def _works_in_place(self, item: fx.Node) -> bool:
         module = self.network.get_submodule(str(item.target)) if item.op == "call_module" else None

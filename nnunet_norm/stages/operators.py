@@ -113,7 +113,7 @@ class ImageNorm(Operator):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
         self.groups = module.num_groups if isinstance(module, nn.GroupNorm) else None
         self.statistics: tuple[Tensor, Tensor] | None = None
 
@@ -133,5 +133,5 @@ class ImageNorm(Operator):
         (x,) = inputs
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         mean, var = (s.to(dtype).to(x.device) for s in self.statistics)
-        module: Any = self.module
-        return functional.batch_norm(x, mean, var, module.weight, module.bias, False, 0.0, module.eps)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.module.weight, self.module.bias))
+        return functional.batch_norm(x, mean, var, weight, bias, False, 0.0, self.module.eps)
