@@ -24,7 +24,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_norm.errors import InputImageError
+from nnunet_norm.errors import InputImageError, TilingError
 from nnunet_norm.prediction import checks
 from nnunet_norm.prediction.export import export_prediction_atomically
 from nnunet_norm.prediction.model_folder import check_model_folder, model_errors, trainers_on_search_path
@@ -162,7 +162,7 @@ class CasePredictor(nnUNetPredictor):
                     workers.result(done)  # an export that failed ends the run now
                 try:
                     logits = self.predict_logits_from_preprocessed_data(_loaded(item["data"]))
-                except InputImageError as error:
+                except (InputImageError, TilingError) as error:  # options that suit no image were refused before
                     failures.append(f"case {os.path.basename(item['ofile'] or '')!r}: {error}")
                     continue
                 futures.append(self._export(workers, logits, item, save_probabilities))

@@ -34,7 +34,10 @@ BLOCK_BYTES_ON_DEVICE = 512 * 2**20
 """The widest map of a block on a GPU, which wants large ones."""
 
 BLOCKS_AT_A_TIME = 3
-"""One is read, one computed and one written."""
+"""With scratch on disk one is read, one computed and one written."""
+
+PINNED_MAPS = 8
+"""Maps of a block in pinned memory: what is read for one block and written of others, rounded up to powers of two."""
 
 
 MAPS_ON_DEVICE = 20
@@ -72,7 +75,15 @@ def population_of(wishes: Wishes, field: ReceptiveField) -> str:
             f"tiles cannot use the whole image's statistics, and {chosen}: leave that out, or choose --population tile, as "
             "nnU-Net does"
         )
+    for_tiles = wishes.execution == "tiles" or wishes.tiles_are_given or population == "tile"
+    if for_tiles and _limits(wishes):
+        raise TilingError(f"{_limits(wishes)} is for stages, and tiles were asked for: leave one of the two out")
     return population
+
+
+def _limits(wishes: Wishes) -> str:
+    """The options that only stages honour."""
+    return "--max-memory" if wishes.max_memory is not None else "--scratch" if wishes.scratch is not None else ""
 
 
 def _population(wishes: Wishes, field: ReceptiveField) -> str:
@@ -135,7 +146,24 @@ def stages_or_reason(
         raise TilingError(
             f"the whole image's statistics cannot be had: {reason}; else choose --population tile, as nnU-Net does"
         )
+    if _limits(wishes):
+        raise TilingError(
+            f"{_limits(wishes)} is for stages: {reason}; else leave it out, and the image is cut into tiles"
+        )
     return reason
+
+
+def why_never_stages(wishes: Wishes, population: str, graph: Graph | str) -> None:
+    """Refuse what no image can mend: stages were asked for, or are needed, and the network's operators are not known.
+
+    Raises:
+        TilingError: as said.
+    """
+    if population != "tile" and isinstance(graph, str):
+        stages_or_reason(
+            wishes, population, graph, (), slices=1, mirror_axes=(), device=torch.device("cpu"), dtype=torch.float32,
+            on_device=False,
+        )  # fmt: skip
 
 
 def _why_tiles(wishes: Wishes, graph: Graph | str) -> str | None:
@@ -162,7 +190,7 @@ def _fitting(
 ) -> StagesPlan | str:
     """The first way of running it that memory and disk hold, or what is missing."""
     padded = padded_shape(image_shape, graph.stride)
-    itemsize = 2 if device.type == "cuda" else dtype.itemsize
+    itemsize = torch.float16.itemsize if device.type == "cuda" and dtype == torch.float32 else dtype.itemsize
     voxels = slices * torch.Size(image_shape).numel()
     result_bytes = graph.nodes[-1].channels * voxels * max(dtype.itemsize, torch.float32.itemsize)
     limit = wishes.max_memory or default_max_memory()
@@ -176,7 +204,9 @@ def _fitting(
             block_bytes=block_bytes,
         )
         for place in _places(wishes, device, schedule, on_device=on_device):
-            memory = schedule.block_bytes * (BLOCKS_AT_A_TIME if device.type == "cuda" or place == "disk" else 1)
+            on_cuda = device.type == "cuda"  # then only what is on its way is in the computer's memory
+            blocks = BLOCKS_AT_A_TIME if place == "disk" else 1
+            memory = PINNED_MAPS * block_bytes if on_cuda else schedule.block_bytes * blocks
             memory += (schedule.scratch_bytes if place == "memory" else 0) + (result_bytes if place != "disk" else 0)
             memory = int(memory * ALLOCATOR_SHARE) + ALLOCATOR_BYTES
             shortage = _shortage(wishes, place, memory, limit, schedule.scratch_bytes + result_bytes)
@@ -223,8 +253,10 @@ def _shortage(wishes: Wishes, place: str, memory: int, limit: int | None, scratc
     memory += anonymous_memory()
     if limit is not None and memory > limit:
         given = f"--max-memory {size(limit)}" if wishes.max_memory else f"the {size(limit)} that are available"
-        advice = "" if place == "disk" else ", or a folder with --scratch"
-        return f"it takes {size(memory)} of memory, and {given} do not suffice: give --max-memory more{advice}"
+        advice = ["give --max-memory more"] if wishes.max_memory else []
+        advice += [] if place == "disk" else [f"give --scratch a folder with {size(scratch)}"]
+        remedy = " or ".join(advice) or "free some"
+        return f"it takes {size(memory)} of memory, and {given} do not suffice: {remedy}"
     if place == "disk":
         assert wishes.scratch is not None
         free = free_disk(wishes.scratch)

@@ -22,7 +22,7 @@ def size(count: int) -> str:
 
 def anonymous_memory() -> int:
     """Bytes of anonymous memory that this process has: what it allocated, mapped files left out. 0 where unknown."""
-    return _kilobytes(Path("/proc/self/status"), "RssAnon")
+    return _kilobytes(Path("/proc/self/status"), "RssAnon") or 0
 
 
 def default_max_memory() -> int | None:
@@ -47,7 +47,7 @@ def free_on(device: torch.device) -> int:
 
 
 def _left_in_group() -> int | None:
-    """What the control group (a container, a SLURM job) may still take."""
+    """What the control group (a container, a SLURM job) may still take, where the system has cgroup v2."""
     try:
         group = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].rpartition(":")[2].lstrip("/")
     except (OSError, IndexError):
@@ -67,9 +67,9 @@ def _left_in_group() -> int | None:
     return min(found) if found else None
 
 
-def _kilobytes(file: Path, key: str) -> int:
+def _kilobytes(file: Path, key: str) -> int | None:
     try:
         match = re.search(rf"^{key}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
     except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
+        return None
+    return int(match[1]) * 1024 if match else None

@@ -51,12 +51,12 @@ def measure_tile_pairs(
     """
     plan = plan or predictor.tiles_plan(image)
     in_order = [plane for _, plane in planes(image, len(plan.shape))]
-    slices = [in_order[z] for z in sorted(range(len(in_order)), key=lambda z: abs(2 * z + 1 - len(in_order)))]
+    from_the_middle = [in_order[z] for z in sorted(range(len(in_order)), key=lambda z: abs(2 * z + 1 - len(in_order)))]
     pairs = _pairs(plan, max_pairs, seed)
-    order = sorted(itertools.product(range(len(pairs)), range(len(slices))), key=sum)
+    order = sorted(itertools.product(range(len(pairs)), range(len(from_the_middle))), key=sum)
     for pair, place in order[:max_pairs]:
         first, second, shared = pairs[pair]
-        plane = slices[place]
+        plane = from_the_middle[place]
         yield _logits(predictor, plane, first, shared), _logits(predictor, plane, second, shared)
 
 
@@ -82,6 +82,8 @@ def measure_block_pairs(
         plan = replace(plan, slices=image.shape[1])
     plans = with_blocks_elsewhere(plan)
     boxes = _blocks_in_the_middle(plans[1], image.shape[1:], max_pairs)
+    if not boxes:
+        return
     results = [_Boxes(boxes) for _ in plans]
     for made, result in zip(plans, results, strict=True):
         predictor.run_plan(made, image, result)

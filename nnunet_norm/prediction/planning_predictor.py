@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
 from nnunet_norm.prediction.cases import CasePredictor
-from nnunet_norm.prediction.choice import EXECUTIONS, POPULATIONS, Wishes, population_of, stages_or_reason
+from nnunet_norm.prediction.choice import (
+    EXECUTIONS,
+    POPULATIONS,
+    Wishes,
+    population_of,
+    stages_or_reason,
+    why_never_stages,
+)
 from nnunet_norm.prediction.execution import TilesPlan
 from nnunet_norm.prediction.halo import HALO_WORDS, decide, planned_shape, tile_shape
 from nnunet_norm.prediction.measured_halo import MeasuredHalo
@@ -143,7 +150,9 @@ class PlanningPredictor(CasePredictor):
     def _check(self, cases: list[list[str]], previous_stage_folder: str | None) -> None:
         """Also what no image can mend: options against the network, and the folder of scratch."""
         super()._check(cases, previous_stage_folder)
-        population_of(self._wishes, self.field)
+        population = population_of(self._wishes, self.field)
+        if self.execution == "stages" or population == "image":
+            why_never_stages(self._wishes, population, self.graph)
         if self.scratch is not None:
             with scratch_folder(self.scratch):
                 pass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,12 @@ class StagesPlan:
         passes = f"{schedule.passes:.2f} passes over the image" + (
             f" x {len(self.flips)} mirrored" if len(self.flips) > 1 else ""
         )
+        stored = "" if schedule.is_one_pass else f"scratch at most {size(schedule.scratch_bytes)} {where} and "
+        level = "" if schedule.is_one_pass else f", first level {self.first_level}"
         return (
             f"image of {by(self.image_shape)} voxels{f' x {self.slices} slices' if self.slices > 1 else ''}: {how}; "
-            f"statistics: {self.population}; scratch at most "
-            f"{size(schedule.scratch_bytes)} {where} and {size(self.result_bytes)} for the result, in all about "
-            f"{size(self.memory_bytes)} of memory, first level {self.first_level}; cost {passes}; exact: {self.reason}"
+            f"statistics: {self.population}; {stored}{size(self.result_bytes)} for the result, in all about "
+            f"{size(self.memory_bytes)} of memory{level}; cost {passes}; exact: {self.reason}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,13 +111,15 @@ class StagesPlan:
         self, forward: Forward, image: Tensor, result: Result, progress: Callable[[], object] = lambda: None
     ) -> None:
         """See ``ExecutionPlan.run``; ``forward`` is called if the image is one block and the device's memory holds it."""
+        schedule = self.schedule
         with self._scratch() as scratch:
             for index, plane in planes(image, len(self.image_shape)):
                 if self.schedule.is_one_pass and self._in_one_pass(forward, plane, index, result):
                     progress()
                     continue
                 for flip in self.flips:
-                    self._pass(plane, index, flip, result, scratch, progress)
+                    halvings = self._pass(schedule, plane, index, flip, result, scratch, progress)
+                    schedule = stages.smaller(schedule, halvings)
 
     def _in_one_pass(self, forward: Forward, plane: Tensor, index: tuple[int, ...], result: Result) -> bool:
         """Give the image to the network as it is; False if the device's memory does not hold that."""
@@ -128,23 +132,26 @@ class StagesPlan:
         return True
 
     def result_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeroed memory for the result, where it was announced."""
-        with self._scratch() as scratch:
-            if scratch.is_on_disk:
-                return scratch.zeros(shape, dtype)  # its file has no name any more when this returns, and ends with it
-        return torch.zeros(tuple(shape), dtype=dtype)
+        """Zeroed memory for the result, where it was announced; a file goes when the result does."""
+        if self.place != "disk":
+            return torch.zeros(tuple(shape), dtype=dtype)
+        with ExitStack() as stack:
+            data = stack.enter_context(self._scratch()).zeros(shape, dtype)
+            weakref.finalize(data, stack.pop_all().close)
+        return data
 
     def _pass(
         self,
+        schedule: Schedule,
         plane: Tensor,
         index: tuple[int, ...],
         flip: Sequence[int],
         result: Result,
         scratch: Scratch,
         progress: Callable[[], object],
-    ) -> None:
-        """One mirrored pass over an image or a slice."""
-        padded = self.schedule.extents[0]
+    ) -> int:
+        """One mirrored pass over an image or a slice; how often blocks were halved."""
+        padded = schedule.extents[0]
 
         def image(region: Region) -> Tensor:
             return read_mirrored(plane, mirrored(region, padded, flip), flip).to(dtype=self.dtype)
@@ -157,7 +164,7 @@ class StagesPlan:
                 part = values[(slice(None), *slices(inside, [start for start, _ in place]))]
                 result.add((*index, *slices(inside)), part, 1 / len(self.flips))
 
-        stages.run(self.schedule, image, sink, scratch=scratch, device=self.device, progress=progress)
+        return stages.run(schedule, image, sink, scratch=scratch, device=self.device, progress=progress)
 
     @contextmanager
     def _scratch(self) -> Iterator[Scratch]:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_norm.errors import ArchitectureError
-from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d
+from nnunet_norm.layers import BatchRenorm2d, GroupNorm, TrackedInstanceNorm2d, TrackedInstanceNorm3d
 from nnunet_norm.receptive_field.trace import eval_mode, unwrapped
 from nnunet_norm.stages.operators import Concatenation, ImageNorm, Operator, Pointwise
 from nnunet_norm.stages.windows import Convolution, Pooling, TransposedConvolution, Upsampling
@@ -35,6 +35,10 @@ VOXELWISE = tuple(
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.GroupNorm),
+    *(BatchRenorm2d, GroupNorm, TrackedInstanceNorm2d, TrackedInstanceNorm3d),
+)
 _POOLING = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 _FUNCTIONS: dict[Any, Callable[..., torch.Tensor]] = {
@@ -289,11 +293,11 @@ def operator_of(module: nn.Module, axes: int) -> Operator:
     Raises:
         ArchitectureError: a module that cannot be run block by block; the message says what it is.
     """
-    if isinstance(module, _CONVOLUTIONS) and _is_torch_s_own(module, _CONVOLUTIONS):
+    if isinstance(module, _CONVOLUTIONS) and _keeps_forward(module, _CONVOLUTIONS):
         return Convolution(module)
-    if isinstance(module, _TRANSPOSED) and _is_torch_s_own(module, _TRANSPOSED):
+    if isinstance(module, _TRANSPOSED) and _keeps_forward(module, _TRANSPOSED):
         return TransposedConvolution(module)
-    if isinstance(module, _POOLING) and _is_torch_s_own(module, _POOLING):
+    if isinstance(module, _POOLING) and _keeps_forward(module, _POOLING):
         return Pooling(module)
     if isinstance(module, _NormBase | nn.GroupNorm):
         return _norm(module)
@@ -303,22 +307,20 @@ def operator_of(module: nn.Module, axes: int) -> Operator:
         )
     if isinstance(module, nn.Identity | _DropoutNd):
         return Pointwise(lambda x: x)
-    if isinstance(module, VOXELWISE) and _is_torch_s_own(module, VOXELWISE):
+    if isinstance(module, VOXELWISE) and _keeps_forward(module, VOXELWISE):
         return Pointwise(module)
     raise ArchitectureError(f"a module of class {type(module).__name__}")
 
 
 def _norm(module: nn.Module) -> Operator:
     """A norm with running statistics acts on each voxel; one without takes those of the map."""
-    if isinstance(module, _NormBase) and module.running_mean is not None and module.track_running_stats:
-        known = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, BatchRenorm2d, BatchRenorm3d)
-        if isinstance(module, known):
-            return Pointwise(module)
-    elif isinstance(module, _NormBase | nn.GroupNorm):
-        return ImageNorm(module)
-    raise ArchitectureError(f"a norm of class {type(module).__name__}")
+    if not _keeps_forward(module, _NORMS):
+        raise ArchitectureError(f"a norm of class {type(module).__name__}")
+    if getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True):
+        return Pointwise(module)
+    return ImageNorm(module)
 
 
-def _is_torch_s_own(module: nn.Module, classes: Sequence[type[nn.Module]]) -> bool:
-    """Whether the class keeps torch's forward."""
+def _keeps_forward(module: nn.Module, classes: Sequence[type[nn.Module]]) -> bool:
+    """Whether the class keeps the forward that is known."""
     return any(type(module).forward is known.forward for known in classes)

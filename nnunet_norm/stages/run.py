@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def run(
     scratch: Scratch,
     device: torch.device,
     progress: Callable[[], object] = lambda: None,
-) -> None:
+) -> int:
     """Give the network's output for a whole image to ``sink``, block by block.
 
     The modules must be in eval mode and on the device; nothing is differentiated.
@@ -46,12 +46,25 @@ def run(
         device: where the network computes.
         progress: called after every block.
 
+    Returns:
+        How often blocks had to be halved because the device's memory did not hold them; see ``smaller``.
+
     Raises:
         TilingError: the device's memory does not hold the smallest block.
         OutputError: there is no room for scratch.
     """
     with Transfer(device, overlap=scratch.is_on_disk or device.type == "cuda") as transfer:
-        _Run(schedule, image, sink, scratch, transfer, progress).all_pieces()
+        return _Run(schedule, image, sink, scratch, transfer, progress).all_pieces()
+
+
+def smaller(schedule: Schedule, halvings: int) -> Schedule:
+    """The schedule with its blocks halved that often, each time along their longest axis."""
+    shapes = list(schedule.block_shapes)
+    for _ in range(halvings):
+        for number, shape in enumerate(shapes):
+            axis = max(range(len(shape)), key=lambda a: shape[a])
+            shapes[number] = (*shape[:axis], max(-(-shape[axis] // 2), 1), *shape[axis + 1 :])
+    return replace(schedule, block_shapes=tuple(shapes))
 
 
 @dataclass
@@ -63,11 +76,13 @@ class _Run:
     transfer: Transfer
     progress: Callable[[], object]
     stores: dict[int, StoredMap] = field(default_factory=dict)
+    halvings: int = 0
 
-    def all_pieces(self) -> None:
+    def all_pieces(self) -> int:
         try:
             for number in range(len(self.schedule.pieces)):
                 self._piece(number)
+            return self.halvings
         finally:
             for data in {id(store.data): store.data for store in self.stores.values()}.values():
                 self.scratch.free(data)
@@ -75,7 +90,7 @@ class _Run:
     def _piece(self, number: int) -> None:
         piece, nodes = self.schedule.pieces[number], self.schedule.graph.nodes
         moments = ChannelMoments()
-        todo = deque(self.schedule.blocks_of(number))
+        todo = deque(smaller(self.schedule, self.halvings).blocks_of(number))
         while todo:
             region = todo.popleft()
             following = todo[0] if todo else None
@@ -85,6 +100,7 @@ class _Run:
                     moments.add(result)
             except torch.OutOfMemoryError as error:
                 todo = deque(_halves([region, *todo], error))
+                self.halvings += 1
                 self.transfer.forget()
                 continue  # once more; torch frees what it keeps before it gives up, so nothing else needs to be freed
             self._keep(piece, region, result)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,16 +19,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from nnunet_norm.errors import OutputError, TilingError
+from nnunet_norm.errors import OutputError
 from nnunet_norm.stages.regions import Region, slices
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "nnunet_norm_scratch_"
-"""Beginning of the name of a run's folder of scratch."""
+FOLDER = f"nnunet_norm_scratch_{platform.node()}_"
+"""Beginning of the name of a run's folder of scratch. On some shared file systems locks hold on one computer only, so each
+removes what its own runs left."""
 
 MANIFEST = "manifest.json"
-"""Describes the files of a run that can be resumed."""
+"""Describes the files of a run that can be resumed; nothing writes one yet."""
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -67,17 +69,12 @@ class Scratch:
         return False
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory.
-
-        Raises:
-            TilingError: the device has not that much.
-        """
+        """Uninitialised memory; on the CPU if the device has not that much left."""
         try:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        except torch.OutOfMemoryError as error:
-            raise TilingError(
-                "the device's memory does not hold the scratch any more: keep it in the computer's with --not_on_device"
-            ) from error
+        except torch.OutOfMemoryError:
+            logger.info("a map does not fit into the device's memory and is kept in that of the computer")
+            return torch.empty(tuple(shape), dtype=dtype)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Zeroed memory."""
@@ -130,7 +127,8 @@ class ScratchOnDisk(Scratch):
 
     def free(self, data: Tensor) -> None:
         """Remove the file; its pages go as soon as nobody refers to the map."""
-        self._files.pop(data.data_ptr()).unlink()
+        with suppress(PermissionError):  # Windows keeps files that are mapped; they go with their folder
+            self._files.pop(data.data_ptr()).unlink()
 
 
 def _reserve(descriptor: int, size: int) -> None:

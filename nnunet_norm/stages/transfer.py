@@ -1,6 +1,6 @@
 """Reading, computing and writing at the same time: the next block is fetched and the last one written meanwhile.
 
-On CUDA both go through pinned memory on a stream of their own. On a CPU threads do it where maps lie on a disk.
+On CUDA both go through pinned memory, each on a stream of its own. On a CPU threads do it where maps lie on a disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Transfer:
         self._writer = ThreadPoolExecutor(1) if overlap else None
         self._ahead: dict[Hashable, Future[Fetched]] = {}
         self._writes: list[Future[None]] = []
-        self._stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
+        on_cuda = overlap and device.type == "cuda"
+        self._inwards, self._outwards = (torch.cuda.Stream(device) if on_cuda else None for _ in range(2))
 
     def __enter__(self) -> Self:
         return self
@@ -74,14 +75,14 @@ class Transfer:
             return
         while len(self._writes) >= WRITES_UNDER_WAY:
             self._writes.pop(0).result()
-        if self._stream is None or values.device.type != "cuda":
+        if self._outwards is None or values.device.type != "cuda":
             self._writes.append(self._writer.submit(_put, put, where, values, None))
             return
-        self._stream.wait_event(torch.cuda.current_stream(self.device).record_event())
-        with torch.cuda.stream(self._stream):
+        self._outwards.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with torch.cuda.stream(self._outwards):
             host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            values.record_stream(self._stream)
-            done = self._stream.record_event()
+            values.record_stream(self._outwards)
+            done = self._outwards.record_event()
         self._writes.append(self._writer.submit(_put, put, where, host, done))
 
     def flush(self) -> None:
@@ -92,16 +93,16 @@ class Transfer:
     def _load(self, reading: Reading) -> Fetched:
         with torch.inference_mode():  # which is a thread's own
             values = reading()
-            if self._stream is None:
+            if self._inwards is None:
                 return {key: value.to(self.device) for key, value in values.items()}, None
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._inwards):
                 moved = {
                     key: (value.pin_memory() if value.device.type == "cpu" else value).to(
                         self.device, non_blocking=True
                     )
                     for key, value in values.items()
                 }
-                return moved, self._stream.record_event()
+                return moved, self._inwards.record_event()
 
 
 def _put(put: Callable[[Any, Tensor], None], where: Any, values: Tensor, ready: torch.cuda.Event | None) -> None:

@@ -29,7 +29,7 @@ from nnunet_norm.prediction import (
     measure_block_pairs,
     measure_tile_pairs,
 )
-from nnunet_norm.prediction.memory import default_max_memory
+from nnunet_norm.prediction.memory import anonymous_memory, default_max_memory
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
 from nnunet_norm.writing import write_json
 
@@ -44,6 +44,9 @@ LONGEST_METRICS = timedelta(days=1)
 
 MEASURED_CASES = 10
 """Validation cases of one process on which disparity and tile mismatch are measured; all cases are predicted."""
+
+CASES_WITH_BLOCKS = 3
+"""Validation cases of one process that are predicted twice more, with two grids of blocks, to measure the mismatch."""
 
 TILES_PER_CASE = 8
 """Tiles of a case that are kept for disparity, at most: a 2d batch may be larger than there are cases."""
@@ -62,9 +65,7 @@ class ValidationPredictor(HaloPredictor):
     def __init__(self, trainer: NormTrainer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.trainer = trainer
-        available = default_max_memory()
-        if trainer.is_ddp and available is not None:  # nnU-Net's processes are all on one machine
-            self.max_memory = available // dist.get_world_size()
+        self._processes = dist.get_world_size() if trainer.is_ddp else 1  # nnU-Net's are all on one machine
         self.plans: list[dict[str, Any]] = []
         self.differences: list[PairDifference] = []
         self.of_tiles: list[PairDifference] = []
@@ -87,22 +88,41 @@ class ValidationPredictor(HaloPredictor):
         return logits
 
     def plan(self, image: Tensor) -> StagesPlan | TilesPlan:
-        """See ``HaloPredictor.plan``; a validation that cannot have the whole image's statistics takes those of tiles."""
+        """See ``HaloPredictor.plan``; all cases of a validation use the same statistics.
+
+        A network that cannot be run stage by stage takes those of tiles if it has none of its own. Where memory is short, the
+        scratch goes to the folder of the training.
+        """
+        if isinstance(self.graph, str):
+            if self.field.tile_statistics and self.population is None:
+                self.trainer.print_to_log_file(
+                    f"Halo predictor: statistics of tiles, since this network cannot be run stage by stage: {self.graph}"
+                )
+                self.population = "tile"
+            return super().plan(image)
+        if self._processes > 1:
+            own, most = anonymous_memory(), default_max_memory()
+            self.max_memory = None if most is None else max(own + (most - own) // self._processes, 1)
         try:
             return super().plan(image)
         except TilingError as error:
-            if not self.field.tile_statistics or self.population is not None:
-                raise
-            self.trainer.print_to_log_file(f"Halo predictor: {error}; so the validation takes those of tiles")
-            self.population = "tile"
+            return self._with_scratch_on_disk(image, str(error))
+
+    def _with_scratch_on_disk(self, image: Tensor, reason: str) -> StagesPlan | TilesPlan:
+        self.trainer.print_to_log_file(f"Halo predictor: scratch goes to the output folder, because {reason}")
+        limit, self.max_memory, self.scratch = self.max_memory, None, Path(self.trainer.output_folder)
+        try:
             return super().plan(image)
+        finally:
+            self.max_memory, self.scratch = limit, None
 
     def _measure_mismatch(self, plan: StagesPlan | TilesPlan, image: Tensor) -> None:
         """Of the prediction as it was made; and of tiles where the network would normalize with their statistics."""
         if isinstance(plan, TilesPlan):
             self.differences += self._compared(measure_tile_pairs(self, image, plan=plan))
             return
-        self.differences += self._compared(measure_block_pairs(self, image, plan))
+        if self.num_cases <= CASES_WITH_BLOCKS:
+            self.differences += self._compared(measure_block_pairs(self, image, plan))
         if self.field.tile_statistics:
             self.of_tiles += self._compared(measure_tile_pairs(self, image))
 
@@ -221,7 +241,7 @@ def report_of(
         "predictor": {
             "name": "nnunet_norm HaloPredictor",
             "blending": None,
-            "exact": all(plan["exact"] for plan in plans),
+            "exact": bool(plans) and all(plan["exact"] for plan in plans),
             "plans": plans,
         },
         "train_eval_disparity": {
@@ -275,10 +295,12 @@ def _log(trainer: NormTrainer, report: dict[str, Any]) -> None:
         trainer.print_to_log_file(
             f"In tiles with statistics of their own it would be {_words(tiles['per_class'])}, max dist: {tiles['verdict']}"
         )
+    in_tiles = any(plan["population"] == "tile" for plan in report["predictor"]["plans"])
+    population = " --population tile" if in_tiles else ""
     trainer.print_to_log_file(
         "New images are predicted this way by: nnunet-norm predict "
         f"-d {trainer.plans_manager.dataset_name} -tr {report['trainer']} -p {report['plans']} "
-        f"-c {report['configuration']} -f {report['fold']} -i INPUT_FOLDER -o OUTPUT_FOLDER"
+        f"-c {report['configuration']} -f {report['fold']} -i INPUT_FOLDER -o OUTPUT_FOLDER{population}"
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -6,15 +7,17 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "prediction"))
-from tiny_models import visible, write_image, write_model
+from tiny_models import segmentation, visible, write_image, write_model
 
 from nnunet_norm.cli import build_parser, main
+from nnunet_norm.errors import TilingError
 
 NNUNET_FLAGS = {
     *("-i", "-o", "-d", "-p", "-tr", "-c", "-f", "-chk", "-step_size", "-prev_stage_predictions", "-device"),
     *("-npp", "-nps", "-num_parts", "-part_id", "--disable_tta", "--save_probabilities", "--continue_prediction"),
     *("--verbose", "--disable_progress_bar", "--not_on_device"),
 }
+OUR_FLAGS = {"-m", "--tile-size", "--halo", "--execution", "--population", "--scratch", "--max-memory"}
 HERE = ["-npp", "0", "-nps", "0", "-device", "cpu", "--disable_progress_bar"]
 NAME = "Dataset901_Tiny/nnUNetTrainer__nnUNetPlans__3d_fullres"
 
@@ -49,11 +52,11 @@ def refusal(place, capsys, *arguments):
 
 
 def test_flags_are_nnunets():
-    """Every flag of nnUNetv2_predict, and -m, --tile-size, --halo; its defaults."""
+    """Every flag of nnUNetv2_predict, and ours; its defaults."""
     parser = build_parser(["predict"])
     subparser = parser._subparsers._group_actions[0].choices["predict"]
     flags = {flag for action in subparser._actions for flag in action.option_strings}
-    assert flags - {"-h", "--help", "--debug"} == {*NNUNET_FLAGS, "-m", "--tile-size", "--halo"}
+    assert flags - {"-h", "--help", "--debug"} == NNUNET_FLAGS | OUR_FLAGS
     args = parser.parse_args(["predict", "-i", "a", "-o", "b"])
     assert (args.tr, args.p, args.f, args.chk) == (
         "nnUNetTrainer",
@@ -62,19 +65,72 @@ def test_flags_are_nnunets():
         "checkpoint_final.pth",
     )
     assert (args.npp, args.nps, args.device, args.num_parts, args.part_id) == (3, 3, "cuda", 1, 0)
+    assert (args.execution, args.population, args.scratch, args.max_memory) == ("auto", None, None, None)
 
 
 def test_predicts_a_folder(place, capsys):
-    """By dataset number, with the tiles and the halo on stdout."""
-    assert predict(place, "-d", "901", "-c", "3d_fullres", "-f", "0", "--tile-size", "16", "--halo", "4") == 0
+    """By dataset number: by default stage by stage, with the plan on stdout and in the record."""
+    assert predict(place, "-d", "901", "-c", "3d_fullres", "-f", "0") == 0
     out = capsys.readouterr().out
     assert out.count("Please cite") == 1
+    assert out.count("image of 20 x 22 x 24 voxels: ") == 1
+    assert "in one pass; statistics: stored; " in out
+    assert "a.nii.gz" in visible(place / "out")
+    record = json.loads((place / "out" / "halo_prediction.json").read_text())
+    assert (record["a"]["plan"], record["a"]["population"], record["a"]["exact"]) == ("stages", "stored", True)
+
+
+def test_predicts_a_folder_in_tiles(place, capsys):
+    """Where tiles are asked for, with tiles and halo on stdout."""
+    assert predict(place, "-d", "901", "-c", "3d_fullres", "-f", "0", "--tile-size", "16", "--halo", "4") == 0
+    out = capsys.readouterr().out
     assert (
         "image of 20 x 22 x 24 voxels: 8 tiles of at most 16 x 16 x 16, halo before/after per axis: 4/4 (given)" in out
     )
     assert "a.nii.gz" in visible(place / "out")
     record = json.loads((place / "out" / "halo_prediction.json").read_text())
     assert record["a"]["tile_size"] == [16, 16, 16]
+    assert record["a"]["why_tiles"] == "--tile-size or --halo was given, which are for tiles"
+
+
+def test_flags_reach_the_predictor(place, monkeypatch):
+    """Each with the value that was written; sizes in bytes."""
+    given = {}
+
+    def predictor(**options):
+        given.update(options)
+        raise TilingError("far enough")
+
+    monkeypatch.setattr("nnunet_norm.prediction.HaloPredictor", predictor)
+    flags = ("--execution", "stages", "--population", "image", "--scratch", "/scratch/of/mine", "--max-memory", "1.5G")
+    assert predict(place, "-m", str(place / NAME), *flags) == 2
+    expected = {"execution": "stages", "population": "image", "scratch": "/scratch/of/mine", "max_memory": 3 * 2**29}
+    assert {name: given[name] for name in expected} == expected
+    assert predict(place, "-m", str(place / NAME)) == 2
+    assert {given[name] for name in ("population", "scratch", "max_memory")} == {None}
+
+
+def test_scratch_lies_in_the_folder_and_is_gone_afterwards(place, monkeypatch):
+    """Stage by stage with files: the same segmentation as in memory, and an empty folder."""
+    monkeypatch.setattr("nnunet_norm.prediction.choice.BLOCK_BYTES", 2**14)
+    scratch = place / "scratch"
+    assert predict(place, "-m", str(place / NAME), "-f", "0", "--scratch", str(scratch), "--max-memory", "8G") == 0
+    assert visible(scratch) == []
+    record = json.loads((place / "out" / "halo_prediction.json").read_text())
+    assert record["a"]["scratch"] == "disk"
+    on_disk = segmentation(place / "out" / "a.nii.gz")
+    assert predict(place, "-m", str(place / NAME), "-f", "0") == 0
+    assert (segmentation(place / "out" / "a.nii.gz") == on_disk).all()
+
+
+@pytest.mark.parametrize("population", ["image", "tile"])
+def test_population_is_recorded(place, population):
+    """A network with InstanceNorm, whose statistics are chosen by that flag alone."""
+    write_model(place / "instance", norm="torch.nn.InstanceNorm3d")
+    assert predict(place, "-m", str(place / "instance"), "-f", "0", "--population", population) == 0
+    record = json.loads((place / "out" / "halo_prediction.json").read_text())
+    plan = {"image": "stages", "tile": "tiles"}[population]
+    assert (record["a"]["plan"], record["a"]["population"]) == (plan, population)
 
 
 def test_model_folder_stands_for_the_names(place, monkeypatch, capsys):
@@ -101,6 +157,32 @@ def test_model_folder_stands_for_the_names(place, monkeypatch, capsys):
             ["-m", "M", "-f", "0", "--halo", "40", "--tile-size", "64"],
             "halo 40 leaves no core of a tile of 64 on axis 0",
         ),
+        (["-m", "M", "--max-memory", "much"], "--max-memory 'much' is no size: give a number and a unit"),
+        (["-m", "M", "-f", "0", "--population", "image"], "population 'image' is for InstanceNorm and GroupNorm"),
+        (["-m", "M", "-f", "0", "--population", "tile"], "population 'tile' is for InstanceNorm and GroupNorm"),
+        (
+            ["-m", "I", "-f", "0", "--population", "stored"],
+            "'stored' does not exist for this network: encoder.stages.0",
+        ),
+        (["-m", "I", "-f", "0", "--execution", "tiles"], "or choose --population tile, as nnU-Net does"),
+        (
+            ["-m", "I", "-f", "0", "--halo", "4"],
+            "and --tile-size or --halo was given: leave that out, or choose --popula",
+        ),
+        (
+            ["-m", "I", "-f", "0", "--execution", "stages", "--population", "tile"],
+            "tile needs --execution tiles (or auto)",
+        ),
+        (["-m", "M", "-f", "0", "--execution", "stages", "--halo", "4"], "leave them out, or choose --execution tiles"),
+        (
+            ["-m", "M", "-f", "0", "--execution", "stages", "--max-memory", "1M"],
+            "and --max-memory 1 MiB do not suffice",
+        ),
+        (["-m", "I", "-f", "0", "--max-memory", "1M"], "else choose --population tile, as nnU-Net does"),
+        (
+            ["-m", "M", "-f", "0", "--scratch", "F"],
+            "images/a_0000.nii.gz' cannot be used (File exists): choose another",
+        ),
         (
             ["-m", "M", "-f", "0", "--tile-size", "8", "8"],
             "tile size 8 x 8 does not suit a network with 3 spatial axes",
@@ -109,9 +191,37 @@ def test_model_folder_stands_for_the_names(place, monkeypatch, capsys):
 )
 def test_wrong_input_gets_one_line(place, capsys, arguments, expected):
     """Exit code 2 and what to do, without a traceback."""
-    arguments = [str(place / NAME) if argument == "M" else argument for argument in arguments]
+    write_model(place / "instance", norm="torch.nn.InstanceNorm3d")
+    names = {"M": NAME, "I": "instance", "F": "images/a_0000.nii.gz"}
+    arguments = [str(place / names[argument]) if argument in names else argument for argument in arguments]
     line = refusal(place, capsys, *arguments)
     assert line.startswith("nnunet-norm predict: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--execution", "blocks"], "argument --execution: invalid choice: 'blocks'"),
+        (["--population", "batch"], "argument --population: invalid choice: 'batch'"),
+        (["--max-memory", "much"], "--max-memory 'much' is no size"),
+        (["--halo", "auto", "8"], "--halo auto 8 is neither a word nor numbers"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_nnunet_is_imported(tmp_path, arguments, expected):
+    """In a process of its own: nnU-Net takes seconds to import."""
+    code = f"""if True:
+        import sys
+        from nnunet_norm.cli import main
+        try:
+            code = main(["predict", "-i", "a", "-o", "b", "-m", {str(tmp_path)!r}, *{arguments!r}])
+        except SystemExit as exit:
+            code = exit.code
+        print(code, "nnunetv2" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 False"
+    (line,) = done.stderr.splitlines()
     assert expected in line
 
 

@@ -107,11 +107,12 @@ def test_the_killed_training_was_continued_on_its_schedule(trained):
 
 
 def test_the_halo_predictor_says_what_it_did(predicted, planned):
-    (record,) = predicted["halo"].glob("halo_prediction*.json")
-    text = record.read_text()
-    for image in (planned / "imagesTs").iterdir():
-        assert image.name.removesuffix("_0000.nii.gz") in text
-    assert "fixed" in text
+    for key, population in (("halo", "stored"), ("gn", "image")):
+        (file,) = predicted[key].glob("halo_prediction*.json")
+        record = json.loads(file.read_text())
+        assert set(record) == {image.name.removesuffix("_0000.nii.gz") for image in (planned / "imagesTs").iterdir()}
+        for plan in record.values():
+            assert (plan["plan"], plan["population"], plan["exact"]) == ("stages", population, True)
 
 
 def test_predictions_have_the_geometry_of_their_images(predicted, planned):

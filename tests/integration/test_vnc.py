@@ -1,4 +1,4 @@
-"""Electron microscopy of 1024 x 1024: BRN has no tile mismatch, InstanceNorm has one."""
+"""Electron microscopy of 1024 x 1024, six stages: neither norm has a mismatch stage by stage, InstanceNorm one in tiles."""
 
 import json
 
@@ -24,7 +24,7 @@ def reports(workspace, real_images):
     workspace.add_dataset(DATASET, {"0": "EM"}, LABELS, ".png", cases)
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 5, "-c", "2d", "-np", 1, "-npfp", 1)
     workspace.run(
-        *("nnunet-norm", "plan", "-d", 5, "-c", "2d", "--plans-name", "small", "--num-stages", 3, "--base-features", 4),
+        *("nnunet-norm", "plan", "-d", 5, "-c", "2d", "--plans-name", "small", "--num-stages", 6, "--base-features", 4),
         *("--patch-size", 128, 128, "--batch-size", 2, "--iterations-per-epoch", 12, "--val-iterations-per-epoch", 2),
         *("--seed", 1),
     )
@@ -47,23 +47,29 @@ def test_the_label_images_hold_class_numbers(real_images):
         assert np.asarray(labels.convert("L")).max() == 4
 
 
-def test_brn_has_no_tile_mismatch_in_an_image_of_many_tiles(reports):
+def test_brn_of_six_stages_has_no_mismatch_in_an_image_of_many_blocks(reports):
     report = reports[BRN]
-    (decision,) = report["predictor"]["decisions"]
-    assert decision["tiles"] > 16
-    assert decision["exact"]
-    assert decision["statistics"] == "fixed"
+    (plan,) = report["predictor"]["plans"]
+    assert (plan["plan"], plan["population"], plan["exact"]) == ("stages", "stored", True)
+    assert plan["stride"] == [32, 32]
+    assert plan["blocks"] > plan["pieces"]
     mismatch = report["tile_mismatch"]
     assert mismatch["num_pairs"] > 0
     assert mismatch["verdict"] == "no" or mismatch["verdict"].startswith("no (float32 rounding")
     assert f"max dist: {mismatch['verdict']} ({mismatch['num_pairs']} pairs)" in report["log"]
+    assert "tile_mismatch_with_tile_statistics" not in report
 
 
-def test_instance_norm_has_a_tile_mismatch_and_it_is_said_that_no_halo_helps(reports):
+def test_instance_norm_has_a_mismatch_in_tiles_and_none_with_the_statistics_of_the_image(reports):
     report = reports[INSTANCE]
-    mismatch = report["tile_mismatch"]
-    assert mismatch["num_pairs"] > 0
-    assert not mismatch["verdict"].startswith("no")
-    assert mismatch["max_dist"] > 0.01
-    assert not report["predictor"]["exact"]
-    assert "no halo can make it seamless" in report["log"]
+    (plan,) = report["predictor"]["plans"]
+    assert (plan["plan"], plan["population"], plan["exact"]) == ("stages", "image", True)
+    assert report["predictor"]["exact"]
+    exact, tiles = report["tile_mismatch"], report["tile_mismatch_with_tile_statistics"]
+    assert exact["num_pairs"] > 0
+    assert exact["verdict"] == "no" or exact["verdict"].startswith("no (float32 rounding")
+    assert tiles["num_pairs"] > 0
+    assert not tiles["verdict"].startswith("no")
+    assert tiles["max_dist"] > 0.01
+    assert "In tiles with statistics of their own it would be 1: " in report["log"]
+    assert f", max dist: {tiles['verdict']} " in report["log"]

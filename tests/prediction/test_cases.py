@@ -12,7 +12,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.data_iterators import PreprocessAdapter
 from tiny_models import segmentation, visible, write_image, write_model
 
-from nnunet_norm.errors import InputImageError, OutputError, SetupError
+from nnunet_norm.errors import InputImageError, OutputError, SetupError, TilingError
 from nnunet_norm.prediction import HaloPredictor
 from nnunet_norm.prediction.workers import Preprocessing, Workers
 
@@ -56,7 +56,7 @@ def test_files_are_those_of_nnunet_and_ensembling_takes_them(model, images, tmp_
     assert np.array_equal(segmentation(outputs[0] / "case_1.nii.gz"), np.load(files[0])["probabilities"].argmax(0))
     record = json.loads((outputs[0] / "halo_prediction.json").read_text())
     assert sorted(record) == ["case_0", "case_1", "case_2"]
-    assert record["case_0"] == json.loads(json.dumps(folds[0].last_decision.as_dict()))
+    assert record["case_0"] == json.loads(json.dumps(folds[0].last_plan.as_dict()))
     assert record["case_0"]["image_shape"] == [20, 22, 24]
 
 
@@ -107,6 +107,45 @@ def test_parts_divide_the_cases_and_keep_records_of_their_own(model, images, tmp
         load(model).predict_from_files(str(images), str(tmp_path / "out"), False, True, 0, 0, None, 2, part)
     records = [json.loads((tmp_path / "out" / f"halo_prediction_part_{part}.json").read_text()) for part in range(2)]
     assert [sorted(record) for record in records] == [["case_0", "case_2"], ["case_1"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"population": "image"}, "population 'image' is for InstanceNorm and GroupNorm"),
+        ({"execution": "stages", "halo": 4}, "--tile-size and --halo are for tiles: leave them out"),
+    ],
+)
+def test_options_that_never_go_together_are_refused_before_anything_is_written(
+    model, images, tmp_path, options, expected
+):
+    """Not after the first case was preprocessed."""
+    with pytest.raises(TilingError, match=expected):
+        predict(load(model, **options), images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scratch_folder_that_cannot_be_used_is_refused_before_anything_is_written(model, images, tmp_path):
+    """A file is in its place."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"scratch folder '.*/file' cannot be used \(File exists\): choose another"):
+        predict(load(model, scratch=tmp_path / "file"), images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folds_and_scratch_on_disk_give_the_files_that_memory_gives(model, images, tmp_path):
+    """The result lies in a file that has no name any more; exporting it in another process does not mind."""
+    for name, workers in (("scratch", 1), (None, 0)):
+        predictor = load(model, (0, 1), scratch=name and tmp_path / name)
+        output = str(tmp_path / f"out_{name}")
+        predictor.predict_from_files(str(images), output, True, True, 0, workers)
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        assert visible(tmp_path / "scratch") == []
+    record = json.loads((tmp_path / "out_scratch" / "halo_prediction.json").read_text())
+    assert {plan["scratch"] for plan in record.values()} == {"disk"}
+    for number in range(3):
+        first, second = (np.load(tmp_path / out / f"case_{number}.npz") for out in ("out_scratch", "out_None"))
+        assert np.array_equal(first["probabilities"], second["probabilities"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

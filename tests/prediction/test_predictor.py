@@ -1,5 +1,4 @@
 import inspect
-import itertools
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,18 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from tiny_networks import INSTANCE_NORM, Chain, predictor, randomized, unet
+from tiny_networks import BATCH_NORM, INSTANCE_NORM, Chain, predictor, randomized, unet, whole
 from torch import nn
 from torch.nn import functional
 
 from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
 from nnunet_norm.layers import convert_norm
 from nnunet_norm.prediction import HaloPredictor
-from nnunet_norm.prediction.execution import TilesPlan
+from nnunet_norm.prediction.execution import Result, TilesPlan
 from nnunet_norm.receptive_field import trace
-from nnunet_norm.tiling import padded_shape, smallest_tile
+from nnunet_norm.tiling import smallest_tile
 
 TOLERANCE = 1e-12
+
+in_both_ways = pytest.mark.parametrize("execution", ["stages", "tiles"])
 
 NETWORKS = {
     "2d": unet([(1, 1), (2, 2), (2, 2)]),
@@ -33,22 +34,6 @@ NETWORKS = {
 }
 FIELDS = {name: trace(network) for name, network in NETWORKS.items()}
 CHANNELS = {"2d anisotropic": 2, "3d anisotropic": 2}
-
-
-def whole(network, image, mirror_axes):
-    """The reference: one pass (per flip) over the image zero-padded at its far end to a multiple of the stride."""
-    field = trace(network)
-    ndim = len(field.stride)
-    if image.ndim == ndim + 2:
-        return torch.stack([whole(network, plane, mirror_axes) for plane in image.unbind(1)], 1)
-    extents = image.shape[1:]
-    padding = [p - n for n, p in zip(extents, padded_shape(extents, field.stride), strict=True)]
-    padded = functional.pad(image, [width for p in reversed(padding) for width in (0, p)])[None]
-    axes = [axis + 2 for axis in mirror_axes]
-    flips = [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
-    with torch.no_grad():
-        mean = sum(network(padded.flip(flip)).flip(flip) for flip in flips) / len(flips)
-    return mean[(0, slice(None), *(slice(0, n) for n in extents))]
 
 
 @st.composite
@@ -80,7 +65,7 @@ def compare_with_the_whole_image(prediction, seed):
     image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tiled = predictor(NETWORKS[name], tile, mirror_axes=tuple(mirrored), tile_size=tile, halo=halo)
     result = tiled.predict_sliding_window_return_logits(image)
-    assert tiled.last_decision.exact
+    assert tiled.last_plan.decision.exact
     assert result.dtype == torch.float64
     assert (result - whole(NETWORKS[name], image, mirrored)).abs().max() < TOLERANCE
 
@@ -108,8 +93,10 @@ def test_a_halo_one_voxel_too_small_shows(less):
     exact = predictor(network, (1, 1), tile_size=(8, before + after + 5), halo="exact").plan(image)
     assert exact.decision.halo == ((0, 0), (before, after))
     cut = TilesPlan(replace(exact.decision, halo=((0, 0), (before - less[0], after - less[1]))), exact.shape)
+    result = Result(image.shape[1:])
     with torch.no_grad():
-        difference = (cut.run(network, image) - whole(network, image, ())).abs().max()
+        cut.run(network, image, result)
+    difference = (result.logits - whole(network, image, ())).abs().max()
     assert difference < TOLERANCE if less == (0, 0) else difference > 1e-6
 
 
@@ -120,14 +107,14 @@ def test_a_halo_one_stride_too_small_shows():
     image = torch.randn(1, 1, 16, 120, dtype=torch.float64)
     small = predictor(network, (16, 16), tile_size=(16, 2 * enough), halo=(0, enough - 4))
     difference = (small.predict_sliding_window_return_logits(image) - whole(network, image, ())).abs().max()
-    assert not small.last_decision.exact
+    assert not small.last_plan.decision.exact
     assert difference > 1e-6
 
 
 def test_tiles_of_their_own_statistics_are_said_not_to_be_seamless(caplog):
     """InstanceNorm: the line names the layer and the reason, once per image shape."""
     caplog.set_level(logging.INFO, "nnunet_norm")
-    tiled = predictor(unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), (16, 16))
+    tiled = predictor(unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), (16, 16), population="tile")
     for _ in range(2):
         tiled.predict_sliding_window_return_logits(torch.randn(1, 1, 40, 16, dtype=torch.float64))
     (line,) = caplog.messages
@@ -139,23 +126,25 @@ def test_tiles_of_their_own_statistics_are_said_not_to_be_seamless(caplog):
 def test_without_an_effective_halo_half_of_the_tile_is_cut_away(error, monkeypatch, caplog):
     """A finished training is validated whatever the gradients are; who asks for that halo by name is refused."""
     caplog.set_level(logging.INFO, "nnunet_norm")
-    monkeypatch.setattr("nnunet_norm.prediction.predictor.effective", lambda *_: raise_(error))
+    monkeypatch.setattr("nnunet_norm.prediction.measured_halo.effective", lambda *_: raise_(error))
     network, image = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), torch.randn(1, 1, 40, 16, dtype=torch.float64)
-    tiled = predictor(network, (16, 16))
+    tiled = predictor(network, (16, 16), population="tile")
     tiled.predict_sliding_window_return_logits(image)
-    assert tiled.last_decision.source == ("half of the tile", "none needed")
-    assert tiled.last_decision.halo == ((4, 4), (0, 0))
+    assert tiled.last_plan.decision.source == ("half of the tile", "none needed")
+    assert tiled.last_plan.decision.halo == ((4, 4), (0, 0))
     assert f"no effective halo ({error}): half of the tile is cut away instead" in caplog.messages
     with pytest.raises(TilingError, match=f"no effective halo: {error}; choose --halo in voxels"):
-        predictor(network, (16, 16), halo="erf").predict_sliding_window_return_logits(image)
+        predictor(network, (16, 16), halo="erf", population="tile").predict_sliding_window_return_logits(image)
 
 
 def test_the_effective_halo_is_measured_once_for_the_same_weights(monkeypatch):
     """It costs a dozen tiles; the weights of another fold have one of their own."""
     measured = []
-    monkeypatch.setattr("nnunet_norm.prediction.predictor.effective", lambda *_: measured.append(1) or ((3, 3), (3, 3)))
+    monkeypatch.setattr(
+        "nnunet_norm.prediction.measured_halo.effective", lambda *_: measured.append(1) or ((3, 3), (3, 3))
+    )
     network, image = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), torch.randn(1, 1, 40, 16, dtype=torch.float64)
-    tiled = predictor(network, (16, 16))
+    tiled = predictor(network, (16, 16), population="tile")
     for _ in range(2):
         tiled.predict_sliding_window_return_logits(image)
     assert len(measured) == 1
@@ -165,36 +154,42 @@ def test_the_effective_halo_is_measured_once_for_the_same_weights(monkeypatch):
     assert len(measured) == 2
 
 
-def test_images_are_taken_in_the_precision_of_the_network():
+@in_both_ways
+def test_images_are_taken_in_the_precision_of_the_network(execution):
     """Arrays of NumPy are float64 where nobody says otherwise."""
-    tiled = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8))
+    made = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8), execution=execution)
     image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    expected = tiled.predict_sliding_window_return_logits(image.float())
-    assert torch.equal(tiled.predict_sliding_window_return_logits(image), expected)
+    expected = made.predict_sliding_window_return_logits(image.float())
+    assert torch.equal(made.predict_sliding_window_return_logits(image), expected)
 
 
-def test_an_empty_image_is_refused():
+@in_both_ways
+def test_an_empty_image_is_refused(execution):
     """Not left to an assertion."""
     with pytest.raises(InputImageError, match=r"image of shape \(1, 0, 8, 8\) is empty"):
-        predictor(unet([(1, 1), (2, 2)]), (8, 8)).predict_sliding_window_return_logits(torch.zeros(1, 0, 8, 8))
+        predictor(unet([(1, 1), (2, 2)]), (8, 8), execution=execution).predict_sliding_window_return_logits(
+            torch.zeros(1, 0, 8, 8)
+        )
 
 
-def test_the_precision_of_the_network_is_told_apart_from_that_of_the_result():
+@pytest.mark.parametrize("edge", [8, 40])
+@in_both_ways
+def test_the_precision_of_the_network_is_told_apart_from_that_of_the_result(execution, edge):
     """Under autocast logits are half, whatever they are converted to for averaging."""
-    tiled = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8))
-    image = torch.randn(1, 1, 8, 8)
+    made = predictor(unet([(1, 1), (2, 2)]).float(), (8, 8), execution=execution)
+    image = torch.randn(1, 1, edge, edge)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert tiled.predict_sliding_window_return_logits(image).dtype == torch.float32
-    assert tiled.network_dtype == torch.bfloat16
-    tiled.predict_sliding_window_return_logits(image)
-    assert tiled.network_dtype == torch.float32
+        assert made.predict_sliding_window_return_logits(image).dtype == torch.float32
+    assert made.network_dtype == torch.bfloat16
+    made.predict_sliding_window_return_logits(image)
+    assert made.network_dtype == torch.float32
 
 
 def test_small_image_with_tile_statistics_is_padded_to_the_tile():
     """One voxel through InstanceNorm gives what the patch with zeros around gives, as in training."""
     network = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM)
     image = torch.randn(1, 1, 1, 1, dtype=torch.float64)
-    result = predictor(network, (8, 8)).predict_sliding_window_return_logits(image)
+    result = predictor(network, (8, 8), population="tile").predict_sliding_window_return_logits(image)
     with torch.no_grad():
         expected = network(functional.pad(image[:, 0], (0, 7, 0, 7))[None])[0, :, None, :1, :1]
     assert torch.equal(result, expected)
@@ -202,16 +197,17 @@ def test_small_image_with_tile_statistics_is_padded_to_the_tile():
 
 def test_tile_of_one_stride_with_tile_statistics_has_a_variance():
     """A tile that would leave one element at the bottom, which InstanceNorm refuses, is enlarged."""
-    tiled = predictor(unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), (8, 8), tile_size=(1,), halo=0)
+    tiled = predictor(unet([(1, 1), (2, 2)], norm=INSTANCE_NORM), (8, 8), tile_size=(1,), halo=0, population="tile")
     tiled.predict_sliding_window_return_logits(torch.randn(1, 1, 4, 4, dtype=torch.float64))
-    assert tiled.last_decision.tile_size == (2, 4)
+    assert tiled.last_plan.decision.tile_size == (2, 4)
 
 
-def test_one_patch_is_what_nnunet_predicts():
+@pytest.mark.parametrize("population", ["image", "tile"])
+def test_one_patch_is_what_nnunet_predicts(population):
     """An image of one patch, mirrored: nnU-Net's result, which it keeps in half precision (11 significant bits)."""
     network = unet([(1, 1), (2, 2)], norm=INSTANCE_NORM).float()
     image = torch.randn(1, 2, 16, 16)
-    ours = predictor(network, (16, 16), mirror_axes=(0, 1))
+    ours = predictor(network, (16, 16), mirror_axes=(0, 1), population=population)
     theirs = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     theirs.__dict__.update({name: value for name, value in ours.__dict__.items() if name in vars(theirs)})
     theirs.label_manager = SimpleNamespace(num_segmentation_heads=2)
@@ -222,30 +218,36 @@ def test_one_patch_is_what_nnunet_predicts():
     assert torch.allclose(result, expected, rtol=2**-10, atol=1e-4)
 
 
-@pytest.mark.parametrize("norm", [{}, {"norm": INSTANCE_NORM}])
-def test_folds_are_averaged(norm):
+@pytest.mark.parametrize(("norm", "population"), [(BATCH_NORM, "stored"), (INSTANCE_NORM, "tile")])
+def test_folds_are_averaged_in_tiles(norm, population):
     """Two sets of weights give the mean of their results, also where the effective halo is measured in between."""
-    networks = [unet([(1, 1), (2, 2)], seed=seed, **norm) for seed in (1, 2)]
+    options = {"execution": "tiles", "population": population}
+    networks = [unet([(1, 1), (2, 2)], seed=seed, norm=norm) for seed in (1, 2)]
     image = torch.randn(1, 1, 40, 10, dtype=torch.float64)
-    singles = [predictor(network, (16, 16)).predict_sliding_window_return_logits(image) for network in networks]
-    ensemble = predictor(unet([(1, 1), (2, 2)], **norm), (16, 16))
+    singles = [
+        predictor(network, (16, 16), **options).predict_sliding_window_return_logits(image) for network in networks
+    ]
+    ensemble = predictor(unet([(1, 1), (2, 2)], norm=norm), (16, 16), **options)
     ensemble.list_of_parameters = [network.state_dict() for network in networks]
     result = ensemble.predict_logits_from_preprocessed_data(image)
     assert (result - (singles[0] + singles[1]) / 2).abs().max() < TOLERANCE
 
 
-def test_sums_are_not_half_precision():
+@in_both_ways
+def test_sums_are_not_half_precision(execution):
     """A network that computes in bfloat16 gives a float32 result whose mirrored mean was taken in float32."""
     network = unet([(1, 1), (2, 2)]).to(torch.bfloat16)
     image = torch.randn(1, 1, 8, 8).to(torch.bfloat16)
-    result = predictor(network, (8, 8), mirror_axes=(0,)).predict_sliding_window_return_logits(image)
+    made = predictor(network, (8, 8), mirror_axes=(0,), execution=execution)
+    result = made.predict_sliding_window_return_logits(image)
     with torch.no_grad():
         passes = [network(image[:, 0][None].flip(axes)).flip(axes).float() for axes in ([], [2])]
     assert torch.equal(result[:, 0], ((passes[0] + passes[1]) / 2)[0])
 
 
+@in_both_ways
 @pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, torch.compile])
-def test_wrapped_networks_are_unwrapped(wrap, monkeypatch):
+def test_wrapped_networks_are_unwrapped(wrap, execution):
     """The network inside DDP and torch.compile is called, without their own forward."""
     network = unet([(1, 1), (2, 2)])
     if wrap is nn.parallel.DistributedDataParallel:
@@ -255,19 +257,19 @@ def test_wrapped_networks_are_unwrapped(wrap, monkeypatch):
     else:
         wrapped = wrap(network)
     image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    result = predictor(wrapped, (8, 8)).predict_sliding_window_return_logits(image)
-    assert torch.equal(result, whole(network, image, ()))
+    result = predictor(wrapped, (8, 8), execution=execution).predict_sliding_window_return_logits(image)
+    assert (result - whole(network, image)).abs().max() < TOLERANCE
 
 
 def test_out_of_memory_moves_the_result_only(monkeypatch, caplog):
     """OutOfMemoryError retries with the result on the CPU; a second one is a refusal; other errors are not touched."""
     caplog.set_level(logging.INFO, "nnunet_norm")
-    tiled = predictor(unet([(1, 1), (2, 2)]), (8, 8))
+    tiled = predictor(unet([(1, 1), (2, 2)]), (8, 8), execution="tiles")
     tiled.perform_everything_on_device = True
     image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
     errors = [torch.OutOfMemoryError("first")]
-    real = tiled._run_on
-    monkeypatch.setattr(tiled, "_run_on", lambda *a: raise_(errors.pop()) if errors else real(*a))
+    real = tiled._tiled_on
+    monkeypatch.setattr(tiled, "_tiled_on", lambda *a: raise_(errors.pop()) if errors else real(*a))
     tiled.predict_sliding_window_return_logits(image)
     assert "kept on the CPU" in caplog.messages[-1]
     errors = [torch.OutOfMemoryError("second"), torch.OutOfMemoryError("first")]
@@ -284,22 +286,34 @@ def raise_(error):
     raise error
 
 
-def test_values_that_are_not_finite_are_refused():
+@in_both_ways
+def test_values_that_are_not_finite_are_refused(execution):
     """NaN in the image, and infinity from the network, are errors and no labels."""
     network = unet([(1, 1), (2, 2)])
     image = torch.ones(1, 1, 8, 8, dtype=torch.float64)
     image[0, 0, 0, 0] = torch.nan
+    made = predictor(network, (8, 8), execution=execution)
     with pytest.raises(InputImageError, match="the preprocessed image has 1 values that are not finite"):
-        predictor(network, (8, 8)).predict_sliding_window_return_logits(image)
+        made.predict_sliding_window_return_logits(image)
+    with pytest.raises(InputImageError, match="the preprocessed image has 1 values that are not finite"):
+        made.predict_logits_from_preprocessed_data(image)
     network.decoder.seg_layers[-1].bias.data.fill_(torch.inf)
     with pytest.raises(InputImageError, match=r"the network's output .* has 128 values that are not finite"):
-        predictor(network, (8, 8)).predict_sliding_window_return_logits(torch.ones_like(image))
+        made.predict_sliding_window_return_logits(torch.ones_like(image))
 
 
-def test_unknown_halo_is_refused():
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ({"halo": "large"}, "halo 'large' is unknown: choose auto, exact, erf or a number of voxels$"),
+        ({"execution": "blocks"}, "execution 'blocks' is unknown: choose auto, stages, tiles$"),
+        ({"population": "batch"}, "population 'batch' is unknown: choose stored, image, tile$"),
+    ],
+)
+def test_an_unknown_word_is_refused(option, choices):
     """The choices are named."""
-    with pytest.raises(TilingError, match="halo 'large' is unknown: choose auto, exact, erf or a number"):
-        predictor(unet([(1, 1), (2, 2)]), (8, 8), halo="large")
+    with pytest.raises(TilingError, match=choices):
+        HaloPredictor(device=torch.device("cpu"), **option)
 
 
 def test_constructor_is_nnunets():
@@ -310,4 +324,8 @@ def test_constructor_is_nnunets():
     assert [(p.name, p.kind.name) for p in ours[len(theirs) :]] == [
         ("tile_size", "KEYWORD_ONLY"),
         ("halo", "KEYWORD_ONLY"),
+        ("execution", "KEYWORD_ONLY"),
+        ("population", "KEYWORD_ONLY"),
+        ("scratch", "KEYWORD_ONLY"),
+        ("max_memory", "KEYWORD_ONLY"),
     ]

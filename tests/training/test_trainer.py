@@ -49,7 +49,8 @@ def test_every_trainer_trains_validates_and_reports(dataset, name, norm):
     assert len(logged[progress.DISPARITY_PER_CLASS][0]) == 2
     report = report_of(trainer)
     assert report["predictor"]["name"] == "nnunet_norm HaloPredictor"
-    assert report["predictor"]["decisions"][0]["plan"] == "tiles"
+    assert [plan["plan"] for plan in report["predictor"]["plans"]] == ["stages"]
+    assert report["predictor"]["exact"]
     assert set(report["train_eval_disparity"]["per_class"]) == {"1", "2"}
     assert ("batch_renorm" in report) == (name == "nnUNetTrainerBRN")
     validation = read_json(trainer.output_folder, "validation", "summary.json")
@@ -78,7 +79,9 @@ def test_plain_and_residual_networks_in_2d_and_3d_train_with_brn(make_dataset, s
     trainer.perform_actual_validation()
     expected = BatchRenorm2d if configuration == "2d" else BatchRenorm3d
     assert {type(m) for m in find_norms(trainer.network).values()} == {expected}
-    assert report_of(trainer)["predictor"]["decisions"]
+    (plan,) = report_of(trainer)["predictor"]["plans"]
+    assert (plan["plan"], plan["population"], plan["exact"]) == ("stages", "stored", True)
+    assert report_of(trainer)["tile_mismatch"]["verdict"].startswith("no")
 
 
 def test_regions_are_measured_per_region(make_dataset):
