@@ -80,7 +80,7 @@ def write_table(result, path):
                 lines.append(_line([f"{way}, image cut elsewhere", "", *_comparison(row["cut"], ""), "", "", ""]))
         lines.append("")
     lines += [
-        f"Machine: {result['machine']}. {versions}.",
+        f"Machine: {result['machine']}. {versions}. {result['note']}".rstrip(),
         "",
         f"Seed: {result['seed']}.",
         "",

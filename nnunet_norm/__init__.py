@@ -1,6 +1,6 @@
 """Normalization without seams for nnU-Net.
 
-Trainers that replace InstanceNorm, plans derived from plans, and a halo-cropping predictor. The public names stand in the
+Trainers that replace InstanceNorm, plans derived from plans, and a predictor without seams. The public names stand in the
 subpackages (``nnunet_norm.layers``, ``nnunet_norm.prediction``, ...); importing this package imports nothing heavy.
 """
 

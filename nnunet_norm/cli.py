@@ -19,7 +19,7 @@ COMMANDS = {
     "trainers-dir": "print the folder to export as nnUNet_extTrainer",
     "trainers": "list every trainer name of this package",
     "plan": "derive a new plans file from an existing one",
-    "predict": "predict with the halo-cropping predictor (the flags of nnUNetv2_predict)",
+    "predict": "predict without seams, as if every image went through the network in one piece",
     "export": "write a checkpoint that nnUNetv2_train -pretrained_weights takes, whatever the norm",
     "demo": "train, predict and compare InstanceNorm and BatchRenorm on a brain template, on the CPU",
 }

@@ -29,7 +29,7 @@ DEVICES = ("cuda", "cpu", "mps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of nnUNetv2_predict, -m, --tile-size and --halo."""
+    """The flags of nnUNetv2_predict, -m, and those of this package."""
     add_model_arguments(parser)
     parser.add_argument("-f", nargs="+", type=fold, default=[0, 1, 2, 3, 4], help="folds (default: 0 1 2 3 4), or all")
     parser.add_argument("-i", required=True, metavar="FOLDER", help="images, named <case>_0000<ending> by channel")
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-num_parts", type=int, default=1, help="into how many calls the cases are divided")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("-device", default="cuda", choices=DEVICES, help="default: cuda; see CUDA_VISIBLE_DEVICES")
-    parser.add_argument("--not_on_device", action="store_true", help="keep image and result on the CPU")
+    parser.add_argument("--not_on_device", action="store_true", help="keep image, result and scratch on the CPU")
     parser.add_argument("--verbose", action="store_true", help="nnU-Net's own messages")
     parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
 

@@ -44,7 +44,7 @@ class HaloPredictor(PlanningPredictor):
         tile_step_size: accepted because nnU-Net's own code passes it; no effect, since nothing overlaps to be averaged.
         use_gaussian: as ``tile_step_size``.
         use_mirroring: average over the passes mirrored along the axes that the model allows, as nnU-Net does.
-        perform_everything_on_device: keep image and result on the device; if they do not fit, they go to the CPU.
+        perform_everything_on_device: in tiles, keep image and result on the device, if they fit; with stages, the scratch.
         device: where the network runs, in half precision (autocast) on CUDA as in nnU-Net.
         verbose: nnU-Net's own messages.
         verbose_preprocessing: nnU-Net's own messages while preprocessing.

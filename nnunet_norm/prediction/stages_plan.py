@@ -94,6 +94,7 @@ class StagesPlan:
             "exact": True,
             "reason": self.reason,
             "image_shape": self.image_shape,
+            "slices": self.slices,
             "stride": self.schedule.graph.stride,
             "pieces": len(self.schedule.pieces),
             "blocks": self.schedule.steps,

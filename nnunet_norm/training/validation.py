@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -104,13 +105,17 @@ class ValidationPredictor(HaloPredictor):
             own, most = anonymous_memory(), default_max_memory()
             self.max_memory = None if most is None else max(own + (most - own) // self._processes, 1)
         try:
-            return super().plan(image)
+            plan = super().plan(image)
         except TilingError as error:
             return self._with_scratch_on_disk(image, str(error))
+        if isinstance(plan, TilesPlan) and self.population != "tile":
+            return self._with_scratch_on_disk(image, plan.reason)
+        return plan
 
     def _with_scratch_on_disk(self, image: Tensor, reason: str) -> StagesPlan | TilesPlan:
+        """The plan that takes the least memory, without a limit: nothing that a user could choose is left."""
         self.trainer.print_to_log_file(f"Halo predictor: scratch goes to the output folder, because {reason}")
-        limit, self.max_memory, self.scratch = self.max_memory, None, Path(self.trainer.output_folder)
+        limit, self.max_memory, self.scratch = self.max_memory, sys.maxsize, Path(self.trainer.output_folder)
         try:
             return super().plan(image)
         finally:

@@ -20,15 +20,15 @@ def test_sizes_are_written_for_people(count, expected):
 
 
 def test_anonymous_memory_is_what_was_allocated_and_not_what_is_mapped(tmp_path):
-    """32 MiB of a tensor count, and 32 MiB of a file do not."""
+    """128 MiB of a tensor count (more than an allocator keeps for later), and 128 MiB of a file do not."""
     before = anonymous_memory()
     assert before > 0
-    allocated = torch.ones(2**25, dtype=torch.uint8)
+    allocated = torch.ones(2**27, dtype=torch.uint8)
     after = anonymous_memory()
-    assert after - before == pytest.approx(2**25, abs=2**22)
-    mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=2**25, dtype=torch.uint8)
+    assert after - before == pytest.approx(2**27, abs=2**24)
+    mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=2**27, dtype=torch.uint8)
     mapped += allocated
-    assert anonymous_memory() - after == pytest.approx(0, abs=2**22)
+    assert anonymous_memory() - after == pytest.approx(0, abs=2**24)
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_path):

@@ -79,23 +79,30 @@ def test_a_network_that_is_not_known_is_validated_in_tiles(dataset, name, monkey
     why = "this network cannot be run stage by stage: attention has no rule for blocks"
     if name == INSTANCE:
         assert (plan["plan"], plan["population"], plan["exact"]) == ("tiles", "tile", False)
-        assert log.count(f"the whole image's statistics cannot be had: {why}; else") == 1
-        assert "so the validation takes those of tiles" in log
+        assert log.count(f"Halo predictor: statistics of tiles, since {why}") == 1
+        assert "-o OUTPUT_FOLDER --population tile" in log
         assert not report["tile_mismatch"]["verdict"].startswith("no")
     else:
         assert (plan["plan"], plan["population"], plan["why_tiles"]) == ("tiles", "stored", why)
         assert f"; in tiles because {why}" in log
-        assert "so the validation takes" not in log
+        assert "statistics of tiles" not in log
+        assert "--population tile" not in log
     assert report["num_cases"] == 5
     assert "tile_mismatch_with_tile_statistics" not in report
 
 
-def test_a_machine_with_too_little_memory_is_validated_in_tiles(dataset, monkeypatch):
-    """The same for memory, which no option of nnUNetv2_train could mend."""
+@pytest.mark.parametrize("name", [INSTANCE, BRN])
+def test_where_memory_is_short_the_scratch_goes_to_the_disk(dataset, name, monkeypatch, tmp_path):
+    """The same statistics for every case, and the same exactness; no option of nnUNetv2_train could mend it."""
     monkeypatch.setattr(choice, "default_max_memory", lambda: 2**20)
-    report, log = validated(dataset, INSTANCE)
-    assert {plan["population"] for plan in report["predictor"]["plans"]} == {"tile"}
+    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**12)  # else these images are one block, which needs no scratch
+    report, log = validated(dataset, name)
+    plans = report["predictor"]["plans"]
+    assert {(plan["plan"], plan["scratch"]) for plan in plans} == {("stages", "disk")}
+    assert {plan["population"] for plan in plans} == {"image" if name == INSTANCE else "stored"}
+    assert "Halo predictor: scratch goes to the output folder, because " in log
     assert "and the 1 MiB that are available do not suffice" in log
+    assert not list(tmp_path.rglob("nnunet_norm_scratch*"))
 
 
 def test_other_refusals_are_not_swallowed(dataset, monkeypatch):
