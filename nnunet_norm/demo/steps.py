@@ -213,6 +213,8 @@ class Programs:
             program = ["nnunet-norm", "predict"]
             size = str(tilings.TILE_SIZE)
             options = ["--tile-size", size, size, "--halo", str(tilings.HALO_SIZE)]
+            if norm == "InstanceNorm":  # which has no statistics of its own: here those of each tile, as in nnU-Net
+                options += ["--population", "tile"]
         images = self.space.raw / "imagesTs"
         where = ["-i", str(images), "-o", str(beside), "-d", DATASET_ID, "-c", CONFIGURATION, "-f", "0"]
         model = [

@@ -10,7 +10,8 @@ import pytest
 
 from nnunet_norm.demo.process import run_logged
 from nnunet_norm.demo.run import run_demo
-from nnunet_norm.demo.steps import Programs, Step, continue_flag, is_trained, run_steps, steps
+from nnunet_norm.demo.steps import Programs, Step, continue_flag, is_trained, run_steps, segmentation, steps
+from nnunet_norm.demo.tilings import HALO
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
 from nnunet_norm.errors import NnunetNormError, OutputError, SetupError
 
@@ -229,3 +230,21 @@ def test_the_comparison_runs_what_is_installed_wherever_the_demo_is_started(spac
     program = command[: command.index("--model")]
     done = subprocess.run([*program, "--help"], cwd=tmp_path, env=space.environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("norm", ["InstanceNorm", "BatchRenorm"])
+def test_tiles_are_asked_for_with_statistics_that_they_can_have(space, monkeypatch, norm):
+    """``nnunet-norm predict`` refuses tiles with an InstanceNorm network unless their own statistics are asked for."""
+    commands = []
+
+    def run(programs, name, command):
+        commands.append(command)
+        (segmentation(space, norm, HALO).parent.with_name(f".partial_{name.removeprefix('predict_')}")).mkdir(
+            parents=True
+        )
+
+    monkeypatch.setattr(Programs, "_run", run)
+    Programs(space).predict(norm, HALO)
+    (command,) = commands
+    assert "--tile-size" in command
+    assert command[-2:] == (["--population", "tile"] if norm == "InstanceNorm" else ["--halo", "20"])
