@@ -139,6 +139,23 @@ def stages_or_reason(
         if isinstance(plan, StagesPlan):
             return plan
         reason = plan
+    _refuse_tiles(wishes, population, reason)
+    return reason
+
+
+def why_never_stages(wishes: Wishes, population: str, graph: Graph | str) -> None:
+    """Refuse what no image can mend: stages were asked for, or are needed, and the network's operators are not known.
+
+    Raises:
+        TilingError: as said.
+    """
+    reason = _why_tiles(wishes, graph)
+    if population != "tile" and reason is not None:
+        _refuse_tiles(wishes, population, reason)
+
+
+def _refuse_tiles(wishes: Wishes, population: str, reason: str) -> None:
+    """Refuse to cut the image into tiles, for a reason, where that would break what was asked for."""
     if wishes.execution == "stages":
         other = "--execution tiles" + (" --population tile" if population == "image" else "")
         raise TilingError(f"execution 'stages' is not possible: {reason}; else choose {other}")
@@ -150,20 +167,6 @@ def stages_or_reason(
         raise TilingError(
             f"{_limits(wishes)} is for stages: {reason}; else leave it out, and the image is cut into tiles"
         )
-    return reason
-
-
-def why_never_stages(wishes: Wishes, population: str, graph: Graph | str) -> None:
-    """Refuse what no image can mend: stages were asked for, or are needed, and the network's operators are not known.
-
-    Raises:
-        TilingError: as said.
-    """
-    if population != "tile" and isinstance(graph, str):
-        stages_or_reason(
-            wishes, population, graph, (), slices=1, mirror_axes=(), device=torch.device("cpu"), dtype=torch.float32,
-            on_device=False,
-        )  # fmt: skip
 
 
 def _why_tiles(wishes: Wishes, graph: Graph | str) -> str | None:

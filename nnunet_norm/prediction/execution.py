@@ -6,6 +6,7 @@ network when, and what of the output is kept. Neither knows the other's business
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -136,6 +137,11 @@ class TilesPlan:
                 core, write = _within(tile, plane.shape[1:])
                 result.add((*index, *write), logits[(slice(None), *core)])
                 progress()
+
+
+def flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The mirrored passes that are averaged: the axes that are flipped in each; first the one without any."""
+    return [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
 
 
 def planes(image: Tensor, ndim: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.prediction.checks import require_finite
-from nnunet_norm.prediction.execution import ExecutionPlan, Result, TilesPlan
+from nnunet_norm.prediction.execution import ExecutionPlan, Result, TilesPlan, flips
 from nnunet_norm.prediction.planning_predictor import PlanningPredictor
 from nnunet_norm.prediction.stages_plan import StagesPlan
 
@@ -180,14 +179,10 @@ class HaloPredictor(PlanningPredictor):
         output = network(batch)
         self.network_dtype = output.dtype
         total = _promoted(output)
-        combinations = [
-            [axis + 2 for axis in axes]
-            for count in range(1, len(mirror_axes) + 1)
-            for axes in itertools.combinations(mirror_axes, count)
-        ]
-        for axes in combinations:
+        _, *mirrored = passes = flips([axis + 2 for axis in mirror_axes])
+        for axes in mirrored:
             total = total + _promoted(torch.flip(network(torch.flip(batch, axes)), axes))
-        return total / (len(combinations) + 1)
+        return total / len(passes)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Half precision on CUDA, as nnU-Net; elsewhere autocast is slow (CPU) or missing (MPS)."""

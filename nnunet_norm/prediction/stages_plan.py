@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnunet_norm import stages
-from nnunet_norm.prediction.execution import Forward, Result, planes, read
+from nnunet_norm.prediction.execution import Forward, Result, flips, planes, read
 from nnunet_norm.prediction.halo import by
 from nnunet_norm.prediction.memory import size
 from nnunet_norm.stages import Schedule, Scratch, ScratchOnDisk, scratch_folder
@@ -59,8 +58,7 @@ class StagesPlan:
     @property
     def flips(self) -> list[tuple[int, ...]]:
         """The mirrored passes: the axes that are flipped in each."""
-        axes = self.mirror_axes
-        return [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
+        return flips(self.mirror_axes)
 
     @property
     def steps(self) -> int:
@@ -187,13 +185,7 @@ def mirrored(region: Region, extents: Sequence[int], flip: Sequence[int]) -> Reg
 
 def read_mirrored(plane: Tensor, region: Region, flip: Sequence[int]) -> Tensor:
     """A region of (C, *spatial), zeros beyond its far end, flipped: (1, C, *region), channels last."""
-    inside = plane[(slice(None), *slices(clip(region, plane.shape[1:])))]
-    missing = [(stop - start) - n for (start, stop), n in zip(region, inside.shape[1:], strict=True)]
-    if any(missing):
-        inside = torch.nn.functional.pad(inside, [width for m in reversed(missing) for width in (0, m)])
-    if flip:
-        inside = inside.flip([axis + 1 for axis in flip])
-    return channels_last(inside[None])
+    return channels_last(read(plane, slices(region)).flip([axis + 2 for axis in flip]))
 
 
 def with_blocks_elsewhere(plan: StagesPlan) -> tuple[StagesPlan, StagesPlan]:

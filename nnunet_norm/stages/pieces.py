@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from nnunet_norm.stages.graph import Graph
-from nnunet_norm.stages.operators import Pointwise
+from nnunet_norm.stages.operators import ImageNorm, Pointwise
 from nnunet_norm.stages.regions import Region, clip, hull
 
 LONGEST_REACH = 3
@@ -86,10 +86,10 @@ def regions(graph: Graph, piece: Piece, wanted: Region, extents: Sequence[tuple[
     for number in reversed(piece.inner):
         node = graph.nodes[number]
         assert node.operator is not None
+        needed = tuple(node.operator.needs(axis, interval) for axis, interval in enumerate(found[number]))
         for source in dict.fromkeys(node.inputs):
-            needed = tuple(node.operator.needs(axis, interval) for axis, interval in enumerate(found[number]))
-            needed = clip(needed, extents[source])
-            found[source] = hull(found[source], needed) if source in found else needed
+            inside = clip(needed, extents[source])
+            found[source] = hull(found[source], inside) if source in found else inside
     return found
 
 
@@ -195,7 +195,7 @@ def _feeds_other_resolution(graph: Graph, number: int, consumers: dict[int, list
 
 
 def _is_voxelwise(graph: Graph, number: int) -> bool:
-    return number in graph.norms or isinstance(graph.nodes[number].operator, Pointwise)
+    return isinstance(graph.nodes[number].operator, Pointwise | ImageNorm)
 
 
 def _first_level(graph: Graph) -> set[int]:

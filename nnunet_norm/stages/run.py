@@ -121,17 +121,15 @@ class _Run:
         graph, extents = self.schedule.graph, self.schedule.extents
         found = regions(graph, piece, region, extents)
         values = self.transfer.read(region, self._reading(piece, found))
-        if following is not None:
+        if following is not None and self.transfer.overlaps:
             ahead = regions(graph, piece, following, extents)
             self.transfer.fetch(following, self._reading(piece, ahead))
         last = {source: number for number in piece.inner for source in graph.nodes[number].inputs}
         for number in piece.inner:
             node = graph.nodes[number]
             assert node.operator is not None
-            given = []
-            for source in node.inputs:
-                needed = tuple(node.operator.needs(axis, interval) for axis, interval in enumerate(found[number]))
-                given.append(clip(needed, extents[source]))
+            needed = tuple(node.operator.needs(axis, interval) for axis, interval in enumerate(found[number]))
+            given = [clip(needed, extents[source]) for source in node.inputs]
             inputs = [crop(values[i], found[i], part) for i, part in zip(node.inputs, given, strict=True)]
             values[number] = node.operator.apply(inputs, Place(given, found[number], [extents[i] for i in node.inputs]))
             del inputs

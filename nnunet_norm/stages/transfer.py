@@ -39,6 +39,11 @@ class Transfer:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether fetching ahead is of any use."""
+        return self._reader is not None
+
     def fetch(self, key: Hashable, reading: Reading) -> None:
         """Begin to read what will be asked for under that key."""
         if self._reader is not None:
