@@ -25,6 +25,10 @@ class ArchitectureError(NnunetNormError):
     """A network that cannot be analysed or run as asked."""
 
 
+class StatisticsError(NnunetNormError):
+    """Population statistics that cannot be estimated: no norms that have any, an empty population, values not finite."""
+
+
 class TilingError(NnunetNormError):
     """Tile shape, halo and image that do not go together."""
 
@@ -43,3 +47,7 @@ class OutputError(NnunetNormError):
 
 class SetupError(NnunetNormError):
     """An environment variable or an optional package that is missing."""
+
+
+class ExperimentalBatchesError(NnunetNormError):
+    """A file of experimental batches that is missing, malformed, or does not fit the dataset or the plans."""

@@ -17,13 +17,15 @@ RANKS = {
     "receptive_field": 1,
     "tiling": 1,
     "stages": 2,
-    "settings": 3,
-    "planning": 3,
-    "training": 4,
-    "prediction": 4,
-    "commands": 5,
-    "cli": 5,
-    "demo": 5,
+    "statistics": 3,
+    "settings": 4,
+    "experimental_batches": 4,
+    "planning": 4,
+    "training": 5,
+    "prediction": 5,
+    "commands": 6,
+    "cli": 6,
+    "demo": 6,
 }
 """A part imports parts of its own rank or below; in a circle they may not import each other at any rank."""
 
@@ -35,6 +37,7 @@ WITHOUT_NNUNET = {
     "receptive_field": {"torch", "numpy", "scipy"},
     "tiling": {"torch", "numpy", "scipy"},
     "stages": {"torch", "filelock"},
+    "statistics": {"torch", "tqdm"},
 }
 """Parts that stand without nnU-Net, and all that they may import from outside the standard library."""
 
@@ -86,7 +89,7 @@ def test_every_part_of_the_library_has_a_place_in_the_order() -> None:
 
 @pytest.mark.parametrize("path", LIBRARY)
 def test_imports_point_downwards(path: Path) -> None:
-    """Enforces errors <- layers, metrics, receptive_field, tiling <- stages <- planning <- training, prediction <- rest."""
+    """Enforces errors <- layers, metrics, receptive_field, tiling <- stages <- statistics and so on."""
     own = _part(_source_name(path))
     targets = {_part(module) for module in _imports(path)} - {None}
     assert own is not None or not targets, "nnunet_norm/__init__.py imports nothing: `import nnunet_norm` stays light"
@@ -106,7 +109,7 @@ def test_no_two_parts_import_each_other() -> None:
 
 @pytest.mark.parametrize("path", LIBRARY)
 def test_lower_parts_stand_without_nnunet(path: Path) -> None:
-    """Enforces that layers, metrics, receptive_field, tiling and stages can be used by people who do not have nnU-Net."""
+    """Enforces that the lower parts, up to stages and statistics, can be used by people who do not have nnU-Net."""
     own = _part(_source_name(path))
     if own not in WITHOUT_NNUNET:
         return

@@ -1,28 +1,28 @@
-"""Batch Renormalization at the price of Batch Normalization.
+"""Batch Renormalization at the price of Batch Normalization."""
 
-Shape suffixes: every statistic is a vector of length C.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from nnunet_norm.errors import LayerError
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class Limits(NamedTuple):
-    """How far the correction may go: ``1/r_max <= r <= r_max`` and ``|d| <= d_max``, 0-dim tensors."""
-
-    r_max: Tensor
-    d_max: Tensor
+from nnunet_norm.layers import synchronized
+from nnunet_norm.layers.moments import num_processes
+from nnunet_norm.layers.renormalization import (
+    SYNC,
+    Limits,
+    Renormalize,
+    Step,
+    batch_statistics,
+    clip,
+    correction_of,
+    fold,
+    scheduled_limits,
+    step,
+    update_if_finite,
+)
 
 
 class Correction(NamedTuple):
@@ -33,36 +33,12 @@ class Correction(NamedTuple):
     clipped: Tensor
 
 
-def scheduled_limits(steps: Tensor, warmup_steps: int, ramp_steps: int, r_max: float, d_max: float) -> Limits:
-    """The limits after ``steps`` finished steps: (1, 0) during the warm-up, then linearly up to ``(r_max, d_max)``.
-
-    The first step after the warm-up already has a ``1 / (ramp_steps + 1)`` share, so ``ramp_steps=0`` is a switch and
-    ``warmup_steps=ramp_steps=0`` the full limits from the first step. Tensors throughout: nothing waits for the device.
-    """
-    progress = ((steps - warmup_steps + 1) / (ramp_steps + 1)).clamp(0, 1)
-    return Limits(1 + (r_max - 1) * progress, d_max * progress)
-
-
-def _correction(
-    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    running_std = torch.sqrt(running_var + eps)
-    return torch.sqrt(var + eps) / running_std, (mean - running_mean) / running_std
-
-
-def _clip(r: Tensor, d: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-    return torch.clamp(r, 1 / limits.r_max, limits.r_max), torch.clamp(d, -limits.d_max, limits.d_max)
-
-
-def _update_if_finite(buffers: tuple[Tensor, Tensor], updated: tuple[Tensor, Tensor], steps: Tensor) -> None:
-    """Write the new running statistics and count the step, or leave everything as it was if a value is not finite."""
-    finite = torch.isfinite(updated[0]).all() & torch.isfinite(updated[1]).all()
-    for buffer, value in zip(buffers, updated, strict=True):
-        buffer.copy_(torch.where(finite, value.to(buffer.dtype), buffer))
-    steps.add_(finite)
-
-
-def _step(
+# Opaque to the compiler on purpose. Traced openly, the backward graph may compute r again from buffers that the forward
+# graph has already updated, and the gradients are wrong without an error; an opaque op is never computed again.
+@torch.library.custom_op(
+    "nnunet_norm::batch_renorm_step", mutates_args=("running_mean", "running_var", "num_batches_tracked")
+)
+def _compiled_step(
     mean: Tensor,
     var: Tensor,
     running_mean: Tensor,
@@ -75,97 +51,18 @@ def _step(
     d_max: float,
     warmup_steps: int,
     ramp_steps: int,
-) -> tuple[Tensor, Tensor]:
-    """The r and d of this batch from the statistics before it; then the running statistics take this batch in.
-
-    The weight of the newest batch is ``max(momentum, 1 / t)`` at step t (torch's cumulative average, then its exponential
-    one), so that the zeros and ones which the buffers begin with have no part in them after the first step. With limits
-    that never open it is ``momentum``, as in BatchNorm.
-    """
-    steps = num_batches_tracked.to(mean.dtype)
-    limits = scheduled_limits(steps, warmup_steps, ramp_steps, r_max, d_max)
-    # The buffers may be half precision in a network that was cast as a whole; their arithmetic never is.
-    old_mean, old_var = running_mean.to(mean.dtype), running_var.to(var.dtype)
-    r, d = _clip(*_correction(mean, var, old_mean, old_var, eps), limits)
-    if momentum is not None and r_max == 1 and d_max == 0:
-        weight = torch.full_like(steps, momentum)  # BatchNorm's own average
-    else:
-        weight = (1 / (steps + 1)).clamp(min=momentum or 0.0)
-    unbiased = var * (count / (count - 1))
-    updated = torch.lerp(old_mean, mean, weight), torch.lerp(old_var, unbiased, weight)
-    _update_if_finite((running_mean, running_var), updated, num_batches_tracked)
-    return r, d
-
-
-# Opaque to the compiler on purpose. Traced openly, the backward graph may compute r again from buffers that the forward
-# graph has already updated, and the gradients are wrong without an error; an opaque op is never computed again.
-_compiled_step = torch.library.custom_op(
-    "nnunet_norm::batch_renorm_step", _step, mutates_args=("running_mean", "running_var", "num_batches_tracked")
-)
+    sync: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    schedule = (r_max, d_max, warmup_steps, ramp_steps, sync)
+    of = step(mean, var, running_mean, running_var, num_batches_tracked, count, momentum, eps, *schedule)
+    # An operator must not return what it was given.
+    return of.mean.clone(), of.var.clone(), of.r, of.d, mean.new_zeros(()) if of.number is None else of.number
 
 
 @_compiled_step.register_fake
-def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mean), torch.empty_like(var)
-
-
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over ``(N, *spatial)``, at least in single precision."""
-    has_kernel = x.device.type == "cuda" or (x.device.type == "cpu" and x.dtype not in _HALF)
-    if torch.compiler.is_compiling() or not has_kernel:
-        # Compiled, this is the reduction that batch_norm itself decomposes into, and the two become one. The kernel
-        # below returns the statistics of half tensors in half precision on the CPU; on CUDA it does not.
-        dims = [0, *range(2, x.dim())]
-        var, mean = torch.var_mean(x.float() if x.dtype in _HALF else x, dims, correction=0)
-        return mean, var
-    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return mean, var
-
-
-class _Renormalize(torch.autograd.Function):
-    """``((x - mean) / sqrt(var + eps)) * (weight * r) + (bias + weight * d)`` with the gradient of BatchNorm's train mode.
-
-    The kernels are torch's own: the eval-mode one with the batch's statistics forward, the train-mode one backward. Saved
-    for the backward pass: the input and vectors, as BatchNorm does.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        statistics: tuple[Tensor, Tensor],
-        correction: tuple[Tensor, Tensor],
-        eps: float,
-    ) -> Tensor:
-        (mean, var), (r, d) = statistics, correction
-        scale, shift = _fold(weight, bias, r, d)
-        ctx.eps = eps
-        ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
-        ctx.save_for_backward(x, scale, mean, torch.rsqrt(var + eps), r, d)
-        return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, mean, invstd, r, d = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # grad_weight = grad_scale * r + grad_shift * d: both are needed for it.
-        mask = [needs_x, needs_weight, needs_weight or needs_bias]
-        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, None, None, mean, invstd, True, ctx.eps, mask
-        )
-        grad_weight = (grad_scale * r + grad_shift * d).to(ctx.dtypes[0]) if needs_weight else None
-        grad_bias = grad_shift.to(ctx.dtypes[1]) if needs_bias else None
-        return grad_x if needs_x else None, grad_weight, grad_bias, None, None, None
-
-
-def _fold(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Affine parameters that apply r and d too: ``(weight * r, bias + weight * d)``."""
-    if weight is None:
-        return r, d
-    return weight * r, weight * d if bias is None else bias + weight * d
+def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    vectors = (torch.empty_like(mean), torch.empty_like(var), torch.empty_like(mean), torch.empty_like(var))
+    return (*vectors, mean.new_empty(()))
 
 
 class _BatchRenorm(_NormBase):
@@ -183,6 +80,7 @@ class _BatchRenorm(_NormBase):
         d_max: float = 5.0,
         warmup_steps: int = 5_000,
         ramp_steps: int = 35_000,
+        sync: str = "running",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats=True)
         if not r_max >= 1:
@@ -193,11 +91,14 @@ class _BatchRenorm(_NormBase):
             if value < 0:
                 raise LayerError(f"{name}={value}: must be at least 0")
         self.r_max, self.d_max = r_max, d_max
+        if sync not in SYNC:
+            raise LayerError(f"sync={sync!r}: choose from {', '.join(SYNC)}")
         self.warmup_steps, self.ramp_steps = warmup_steps, ramp_steps
+        self.sync = sync
 
     def extra_repr(self) -> str:
         schedule = f"warmup_steps={self.warmup_steps}, ramp_steps={self.ramp_steps}"
-        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, {schedule}"
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, {schedule}, sync={self.sync!r}"
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's own name
         if input.dim() != self.ndim + 2:
@@ -207,24 +108,38 @@ class _BatchRenorm(_NormBase):
         """Normalize ``x`` of shape ``(N, C, *spatial)``."""
         self._check_input_dim(x)
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return self._with_running_statistics(x)
+        sync = self.sync if num_processes() > 1 else "none"
+        if sync == "none" or (sync == "running" and x.numel()):
+            self._require_values(x)
+        if not torch.compiler.is_compiling():
+            if self.r_max == 1 and self.d_max == 0 and self.momentum is not None and sync == "none":
+                return self._batch_norm(x)
+            with torch.no_grad():
+                of = step(*batch_statistics(x), *self._step_arguments(x, sync))
+        else:
+            of = Step(*_compiled_step(*batch_statistics(x.detach()), *self._step_arguments(x, sync)))
+        if sync == "full":
+            scale, shift = fold(self.weight, self.bias, of.r, of.d)
+            assert of.number is not None
+            return synchronized.normalize(x, scale, shift, of.mean, of.var, of.number, self.eps)
+        if not x.numel():
+            return self._with_running_statistics(x)  # nothing, but with a gradient of zero for the affine parameters
+        if torch.compiler.is_compiling():
+            return F.batch_norm(x, None, None, *fold(self.weight, self.bias, of.r, of.d), True, 0.0, self.eps)
+        return Renormalize.apply(x, self.weight, self.bias, of, self.eps)
+
+    def _with_running_statistics(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _require_values(self, x: Tensor) -> None:
         if x.numel() <= x.size(1):
             raise LayerError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-        if torch.compiler.is_compiling():
-            mean, var = batch_statistics(x.detach())
-            scale, shift = _fold(self.weight, self.bias, *_compiled_step(mean, var, *self._step_arguments(x)))
-            return F.batch_norm(x, None, None, scale, shift, True, 0.0, self.eps)
-        if self.r_max == 1 and self.d_max == 0 and self.momentum is not None:
-            return self._batch_norm(x)
-        with torch.no_grad():
-            statistics = batch_statistics(x)
-            correction = _step(*statistics, *self._step_arguments(x))
-        return _Renormalize.apply(x, self.weight, self.bias, statistics, correction, self.eps)
 
-    def _step_arguments(self, x: Tensor) -> tuple[Any, ...]:
+    def _step_arguments(self, x: Tensor, sync: str) -> tuple[Any, ...]:
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
         schedule = (self.r_max, self.d_max, self.warmup_steps, self.ramp_steps)
-        return (*buffers, x.numel() // x.size(1), self.momentum, self.eps, *schedule)
+        return (*buffers, x.numel() // x.size(1), self.momentum, self.eps, *schedule, sync)
 
     def _batch_norm(self, x: Tensor) -> Tensor:
         """Closed limits: torch's BatchNorm to the last bit, its exponential average included."""
@@ -233,7 +148,7 @@ class _BatchRenorm(_NormBase):
         assert self.num_batches_tracked is not None
         mean, var = self.running_mean.clone(), self.running_var.clone()
         y = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)  # type: ignore[arg-type]
-        _update_if_finite((self.running_mean, self.running_var), (mean, var), self.num_batches_tracked)
+        update_if_finite((self.running_mean, self.running_var), (mean, var), self.num_batches_tracked)
         return y
 
     def limits(self) -> Limits:
@@ -249,8 +164,8 @@ class _BatchRenorm(_NormBase):
         assert self.running_mean is not None
         assert self.running_var is not None
         mean, var = batch_statistics(x)
-        r, d = _correction(mean, var, self.running_mean.to(mean.dtype), self.running_var.to(var.dtype), self.eps)
-        clipped_r, clipped_d = _clip(r, d, self.limits())
+        r, d = correction_of(mean, var, self.running_mean.to(mean.dtype), self.running_var.to(var.dtype), self.eps)
+        clipped_r, clipped_d = clip(r, d, self.limits())
         return Correction(r, d, (clipped_r != r) | (clipped_d != d))
 
 
@@ -277,6 +192,13 @@ class BatchRenorm2d(_BatchRenorm):
     outputs, gradients and buffers agree with it, in eager mode to the last bit. A batch that makes a running statistic
     non-finite is not taken in, and not counted.
 
+    Under ``torch.distributed`` the running statistics take in the batches of all processes (count, mean and sum of squared
+    deviations merged exactly, unequal and empty batches included), so that they are the same on all of them after every
+    step; r and d refer to them. What normalizes is each process's own batch, or with ``sync="full"`` that of all, with the
+    gradients of one process that sees the whole batch. Each forward in train mode is then a collective call, and each
+    backward with ``sync="full"``: all processes must make equally many, and a refusal on one leaves the others waiting
+    until their time runs out. One value per channel over all processes is not noticed with ``sync="full"``.
+
     A forward in train mode that is run again for the same step (``torch.utils.checkpoint``) counts again and sees the
     statistics of the first run: do not put the layer into checkpointed segments. Gradients of gradients are refused.
 
@@ -291,6 +213,7 @@ class BatchRenorm2d(_BatchRenorm):
         d_max: Largest shift, in running standard deviations, at least 0.
         warmup_steps: Training steps as plain BatchNorm.
         ramp_steps: Steps after these until the limits are fully open.
+        sync: What processes share: "running" statistics, "full" for those that normalize, too, or "none".
 
     Raises:
         LayerError: For a limit or a number of steps out of range, an input of another rank, or, in train mode, an input
@@ -312,17 +235,3 @@ class BatchRenorm3d(_BatchRenorm):
     """:class:`BatchRenorm2d` for volumes. Shape: ``(N, C, D, H, W)`` in and out."""
 
     ndim = 3
-
-
-@contextmanager
-def plain_batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside, every BatchRenorm of ``network`` normalizes with the statistics of the batch alone: BatchNorm's train mode."""
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchRenorm)]
-    limits = [(layer.r_max, layer.d_max) for layer in layers]
-    for layer in layers:
-        layer.r_max, layer.d_max = 1.0, 0.0
-    try:
-        yield
-    finally:
-        for layer, (r_max, d_max) in zip(layers, limits, strict=True):
-            layer.r_max, layer.d_max = r_max, d_max

@@ -14,6 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from nnunet_norm.errors import LayerError
 from nnunet_norm.layers.batch_renorm import BatchRenorm2d, BatchRenorm3d
+from nnunet_norm.layers.frozen_batch_norm import FrozenBatchNorm
+from nnunet_norm.layers.ghost_batch_norm import GhostBatchNorm2d, GhostBatchNorm3d
 from nnunet_norm.layers.group_norm import GroupNorm
 from nnunet_norm.layers.instance_norm import TrackedInstanceNorm2d, TrackedInstanceNorm3d
 
@@ -24,6 +26,8 @@ NORMS: Mapping[str, Mapping[int, NormFactory]] = MappingProxyType(
     {
         "batch_renorm": {2: BatchRenorm2d, 3: BatchRenorm3d},
         "batch_norm": {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
+        "frozen_batch_norm": dict.fromkeys((1, 2, 3), FrozenBatchNorm),
+        "ghost_batch_norm": {2: GhostBatchNorm2d, 3: GhostBatchNorm3d},
         "group_norm": {1: GroupNorm, 2: GroupNorm, 3: GroupNorm},
         "instance_norm": {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
         "instance_norm_tracked": {2: TrackedInstanceNorm2d, 3: TrackedInstanceNorm3d},
@@ -48,7 +52,14 @@ def find_norms(module: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in module.named_modules() if isinstance(m, (_NormBase, nn.GroupNorm))}
 
 
-def convert_norm(module: nn.Module, norm: str | NormFactory, **kwargs: Any) -> nn.Module:
+def tracks_statistics(norm: nn.Module) -> bool:
+    """Whether a norm has running statistics, with which eval mode normalizes."""
+    return isinstance(norm, _NormBase) and norm.running_mean is not None
+
+
+def convert_norm(
+    module: nn.Module, norm: str | NormFactory, *, only: Callable[[nn.Module], bool] = lambda _: True, **kwargs: Any
+) -> nn.Module:
     """Exchange every norm of ``module``, in place.
 
     Names and aliases stay: a norm that stands in several places is replaced by one norm in all of them. ``weight`` and
@@ -59,6 +70,7 @@ def convert_norm(module: nn.Module, norm: str | NormFactory, **kwargs: Any) -> n
     Args:
         module: Any module; a norm itself too.
         norm: A name of :data:`NORMS`, or a callable ``factory(num_features, eps=..., affine=..., **kwargs)``.
+        only: Whether a norm is exchanged.
         **kwargs: For the constructor of the new norms (``momentum``, ``r_max``, ``group_size``, ...).
 
     Returns:
@@ -72,15 +84,25 @@ def convert_norm(module: nn.Module, norm: str | NormFactory, **kwargs: Any) -> n
         raise LayerError(f"norm={norm!r}: choose from {', '.join(NORMS)}")
     # All new norms are built before the first one is exchanged: an error leaves the module as it was.
     replaced = {
-        id(old): _successor(old, _factory(norm, name, old, module), kwargs, module)
+        old: _successor(old, _factory(norm, name, old, module), kwargs, module)
         for name, old in find_norms(module).items()
+        if only(old)
     }
-    if id(module) in replaced:
-        return replaced[id(module)]
+    return replace_modules(module, replaced)
+
+
+def replace_modules(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put other modules in the place of some, in place, under every name that each of them has.
+
+    Returns:
+        ``module``, or what takes its place.
+    """
+    if module in replaced:
+        return replaced[module]
     for parent in module.modules():
         for name, child in parent._modules.items():
-            if id(child) in replaced:
-                parent._modules[name] = replaced[id(child)]
+            if child is not None and child in replaced:
+                parent._modules[name] = replaced[child]
     return module
 
 

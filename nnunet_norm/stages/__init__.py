@@ -2,7 +2,7 @@
 
 from nnunet_norm.stages.graph import Graph, read_network
 from nnunet_norm.stages.pieces import divide, reach
-from nnunet_norm.stages.run import run, smaller
+from nnunet_norm.stages.run import run, run_population, smaller
 from nnunet_norm.stages.schedule import Schedule, make_schedule
 from nnunet_norm.stages.scratch import Scratch, ScratchOnDisk, scratch_folder
 from nnunet_norm.stages.verify import read_verified
@@ -18,6 +18,7 @@ __all__ = [
     "read_network",
     "read_verified",
     "run",
+    "run_population",
     "scratch_folder",
     "smaller",
 ]

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from nnunet_norm.errors import ArchitectureError
-from nnunet_norm.layers import BatchRenorm2d, GroupNorm, TrackedInstanceNorm2d, TrackedInstanceNorm3d
+from nnunet_norm.layers import NORMS
 from nnunet_norm.receptive_field.trace import eval_mode, unwrapped
 from nnunet_norm.stages.operators import Concatenation, ImageNorm, Operator, Pointwise
 from nnunet_norm.stages.windows import Convolution, Pooling, TransposedConvolution, Upsampling
@@ -36,8 +36,9 @@ VOXELWISE = tuple(
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (
-    *(nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.GroupNorm),
-    *(BatchRenorm2d, GroupNorm, TrackedInstanceNorm2d, TrackedInstanceNorm3d),
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    *(norm for every in NORMS.values() for norm in every.values() if isinstance(norm, type)),
 )
 _POOLING = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 

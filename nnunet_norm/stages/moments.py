@@ -5,23 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnunet_norm.layers.batch_renorm import batch_statistics
+from nnunet_norm.layers.moments import Moments, merge
+from nnunet_norm.layers.renormalization import batch_statistics
 
 IN_SINGLE_PRECISION = 256
 """Numbers that a CPU adds up in single precision at most; its kernel does so one after another, channels being last."""
 
 
 class ChannelMoments:
-    """Count, mean and sum of squared deviations per channel, merged in float64.
-
-    Merging by differences of means (Chan, Golub and LeVeque 1983, doi 10.1080/00031305.1983.10483115) does not lose digits
-    where the mean is large against the deviation, as a sum of squares would.
-    """
+    """Count, mean and biased variance per channel of everything that was added, merged in float64."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
+        self.moments: Moments | None = None
 
     def add(self, values: Tensor) -> None:
         """Take in values (N, C, *spatial)."""
@@ -31,31 +26,17 @@ class ChannelMoments:
         for part in parts:
             exact_on = "cpu" if part.device.type == "mps" else part.device  # MPS has no float64
             mean, var = (t.to(exact_on).double().view(-1, channels) for t in batch_statistics(part))
-            counts.append(
-                torch.full((len(mean), 1), part.numel() / mean.numel(), dtype=torch.float64, device=mean.device)
-            )
+            counts.append(mean.new_full((len(mean),), part.numel() / mean.numel()))
             means.append(mean)
             variances.append(var)
-        weights, each = torch.cat(counts), torch.cat(means)
-        count = values.numel() // channels
-        mean = (weights * each).sum(0) / count
-        self._merge(count, mean, (weights * (torch.cat(variances) + (each - mean).square())).sum(0))
+        new = merge(torch.cat(counts), torch.cat(means), torch.cat(variances))
+        both = [new] if self.moments is None else [self.moments, new]
+        self.moments = merge(*(torch.stack(field) for field in zip(*both, strict=True)))
 
     def mean_and_var(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance per channel, float64."""
-        assert self._mean is not None
-        assert self._squares is not None
-        return self._mean, self._squares / self.count
-
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        if self._mean is None or self._squares is None:
-            self.count, self._mean, self._squares = count, mean, squares
-            return
-        total = self.count + count
-        difference = mean - self._mean
-        self._mean = self._mean + difference * (count / total)
-        self._squares = self._squares + squares + difference.square() * (self.count * count / total)
-        self.count = total
+        assert self.moments is not None
+        return self.moments.mean, self.moments.var
 
 
 def _in_groups(values: Tensor) -> list[Tensor]:

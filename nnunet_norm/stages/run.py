@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nnunet_norm.errors import TilingError
+from nnunet_norm.stages.graph import Graph
 from nnunet_norm.stages.moments import ChannelMoments
 from nnunet_norm.stages.operators import Place
 from nnunet_norm.stages.pieces import IMAGE, Piece, regions
@@ -54,7 +55,60 @@ def run(
         OutputError: there is no room for scratch.
     """
     with Transfer(device, overlap=scratch.is_on_disk or device.type == "cuda") as transfer:
-        return _Run(schedule, image, sink, scratch, transfer, progress).all_pieces()
+        one = _Run(schedule, image, sink, scratch, transfer, progress)
+        _in_step([one])
+        return one.halvings
+
+
+def run_population(
+    images: Sequence[tuple[Schedule, Image]],
+    *,
+    scratch: Scratch,
+    device: torch.device,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Settle every norm of a graph that takes the statistics of the image, with those of many images together.
+
+    All images go through the network in step, piece by piece, and what one piece leaves of each is in scratch at a time:
+    ``schedule.scratch_bytes`` of all of them. Afterwards ``graph.norms`` have their ``statistics``; what comes after the last
+    norm is not computed.
+
+    Args:
+        images: each with its schedule; all schedules are of one graph and have the same pieces.
+        scratch: see ``run``.
+        device: see ``run``.
+        progress: called after every block.
+
+    Raises:
+        TilingError, OutputError: see ``run``.
+    """
+    with Transfer(device, overlap=scratch.is_on_disk or device.type == "cuda") as transfer:
+        runs = [_Run(schedule, image, lambda *_: None, scratch, transfer, progress) for schedule, image in images]
+        _in_step(runs, until_settled=True)
+
+
+def _in_step(runs: Sequence[_Run], *, until_settled: bool = False) -> None:
+    """Every piece for all images before the next piece."""
+    schedule = runs[0].schedule
+    pieces = schedule.settling_pieces if until_settled else len(schedule.pieces)
+    try:
+        for number in range(pieces):
+            moments = ChannelMoments()
+            for one in runs:
+                one.piece(number, moments)
+            if schedule.pieces[number].observed:
+                _settle(schedule.graph, schedule.pieces[number].target, moments)
+            for one in runs:
+                one.free_after(number)
+    finally:
+        for one in runs:
+            one.free_all()
+
+
+def _settle(graph: Graph, node: int, moments: ChannelMoments) -> None:
+    for norm, operator in graph.norms.items():
+        if node in graph.nodes[norm].inputs:
+            operator.settle(*moments.mean_and_var())
 
 
 def smaller(schedule: Schedule, halvings: int) -> Schedule:
@@ -78,18 +132,20 @@ class _Run:
     stores: dict[int, StoredMap] = field(default_factory=dict)
     halvings: int = 0
 
-    def all_pieces(self) -> int:
-        try:
-            for number in range(len(self.schedule.pieces)):
-                self._piece(number)
-            return self.halvings
-        finally:
-            for data in {id(store.data): store.data for store in self.stores.values()}.values():
-                self.scratch.free(data)
+    def free_all(self) -> None:
+        for data in {id(store.data): store.data for store in self.stores.values()}.values():
+            self.scratch.free(data)
+        self.stores.clear()
 
-    def _piece(self, number: int) -> None:
-        piece, nodes = self.schedule.pieces[number], self.schedule.graph.nodes
-        moments = ChannelMoments()
+    def free_after(self, number: int) -> None:
+        piece = self.schedule.pieces[number]
+        for source in piece.frees:
+            store = self.stores.pop(source)
+            if piece.target not in self.stores or store.data is not self.stores[piece.target].data:
+                self.scratch.free(store.data)
+
+    def piece(self, number: int, moments: ChannelMoments) -> None:
+        piece = self.schedule.pieces[number]
         todo = deque(smaller(self.schedule, self.halvings).blocks_of(number))
         while todo:
             region = todo.popleft()
@@ -106,15 +162,6 @@ class _Run:
             self._keep(piece, region, result)
             self.progress()
         self.transfer.flush()
-        if piece.observed:
-            mean, var = moments.mean_and_var()
-            for norm, operator in self.schedule.graph.norms.items():
-                if piece.target in nodes[norm].inputs:
-                    operator.settle(mean, var)
-        for source in piece.frees:
-            store = self.stores.pop(source)
-            if piece.target not in self.stores or store.data is not self.stores[piece.target].data:
-                self.scratch.free(store.data)
 
     def _block(self, piece: Piece, region: Region, following: Region | None) -> Tensor:
         """The piece's map for one block; what the following block reads is fetched meanwhile."""

@@ -49,6 +49,11 @@ class Schedule:
         return sum(len(self.blocks_of(number)) for number in range(len(self.pieces)))
 
     @property
+    def settling_pieces(self) -> int:
+        """Number of pieces after which every norm has the statistics of the image."""
+        return max((number + 1 for number, piece in enumerate(self.pieces) if piece.observed), default=0)
+
+    @property
     def is_one_pass(self) -> bool:
         """Whether every map is one block: then the network may as well run on the image as it is.
 

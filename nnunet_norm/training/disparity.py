@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d, plain_batch_statistics
+from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d, differs_from_batch_norm, plain_batch_statistics
 from nnunet_norm.metrics import class_masks, dice_counts
 from nnunet_norm.receptive_field.trace import first_output
-from nnunet_norm.training.modes import norms_in_train_mode
+from nnunet_norm.statistics.modes import norms_in_train_mode
 
 SHARE_OF_EPOCH = 0.05
 """What the measurement may cost by default, as a share of an epoch's time."""
@@ -39,7 +39,8 @@ class DisparityCounts:
 
     Attributes:
         train: Dice counts ``(2, K)`` of train against eval mode.
-        batch: The same for plain batch statistics (BatchNorm's train mode) against eval mode; only with BatchRenorm.
+        batch: The same for plain batch statistics (BatchNorm's train mode) against eval mode; only with BatchRenorm and
+            frozen BatchNorm.
         renorm: Sums over BatchRenorm's channels of: clipped, ``|log r|``, ``|d|``, 1; only with BatchRenorm.
         num_batches: Batches measured.
         num_samples: Samples in them.
@@ -67,7 +68,7 @@ class Disparity:
 
     Attributes:
         per_class: ``1 - Dice`` of train against eval mode.
-        batch_statistics: The same for plain batch statistics against eval mode; empty without BatchRenorm.
+        batch_statistics: The same for plain batch statistics against eval mode; only with BatchRenorm and frozen BatchNorm.
         clipped: Share of BatchRenorm's channels whose r or d is clipped; NaN without BatchRenorm.
         abs_log_r: Mean of ``|log r|`` before clipping; NaN without BatchRenorm.
         abs_d: Mean of ``|d|`` before clipping; NaN without BatchRenorm.
@@ -134,7 +135,7 @@ def measure_disparity(
         with norms_in_train_mode(network, across_processes=across_processes), _observed(renorms) as sums:
             train = dice_counts(class_masks(first_output(network(data)), regions=regions), evaluated).cpu()
         batch = None
-        if renorms:
+        if differs_from_batch_norm(network):
             with norms_in_train_mode(network, across_processes=across_processes), plain_batch_statistics(network):
                 batch = dice_counts(class_masks(first_output(network(data)), regions=regions), evaluated).cpu()
     return DisparityCounts(train, batch, torch.stack(sums).sum(0).cpu() if renorms else None, 1, len(data))

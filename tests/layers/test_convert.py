@@ -6,7 +6,16 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunet_norm.errors import LayerError
-from nnunet_norm.layers import NORMS, BatchRenorm3d, GroupNorm, convert_norm, find_norms
+from nnunet_norm.layers import (
+    NORMS,
+    BatchRenorm3d,
+    FrozenBatchNorm,
+    GroupNorm,
+    convert_norm,
+    find_norms,
+    replace_modules,
+    tracks_statistics,
+)
 
 OPS = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}
 
@@ -158,3 +167,49 @@ def test_a_norm_without_shift_stays_without():
     assert list(network.state_dict()) == ["0.weight", "0.running_mean", "0.running_var", "0.num_batches_tracked"]
     network(torch.randn(2, 3, 4, 4)).square().sum().backward()
     assert network[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["batch_renorm", "ghost_batch_norm", "frozen_batch_norm"])
+def test_between_norms_with_running_statistics_tensors_stay_and_eval_mode_is_the_same(norm):
+    """There and back again: the same parameters, the same buffers, the same function."""
+    torch.manual_seed(0)
+    network = convert_norm(unet(2), "batch_norm")
+    network(torch.randn(2, 1, 16, 16) * 3 + 1)
+    x = torch.randn(1, 1, 16, 16)
+    expected = network.eval()(x)[0]
+    pointers = {name: value.data_ptr() for name, value in network.state_dict().items()}
+    for name in (norm, "batch_norm", norm):
+        convert_norm(network, name)
+        assert {type(module) for module in find_norms(network).values()} == {NORMS[name][2]}
+        assert {name: value.data_ptr() for name, value in network.state_dict().items()} == pointers
+        torch.testing.assert_close(network(x)[0], expected, rtol=0, atol=0)
+
+
+def test_arguments_of_the_new_norms_reach_them():
+    assert convert_norm(nn.BatchNorm2d(4), "ghost_batch_norm", normalization_batch_size=3).normalization_batch_size == 3
+    assert convert_norm(nn.BatchNorm3d(4), "batch_renorm", sync="full").sync == "full"
+    with pytest.raises(LayerError, match=r"sync='all': choose from running, full, none"):
+        convert_norm(nn.BatchNorm3d(4), "batch_renorm", sync="all")
+
+
+def test_frozen_batch_norm_exists_for_one_axis_too():
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    assert isinstance(convert_norm(network, "frozen_batch_norm")[0], FrozenBatchNorm)
+    with pytest.raises(LayerError, match=r"norm='ghost_batch_norm' exists for \[2, 3\] spatial axes, and '0' has 1"):
+        convert_norm(nn.Sequential(nn.BatchNorm1d(3)), "ghost_batch_norm")
+
+
+def test_only_chosen_norms_are_exchanged():
+    network = nn.Sequential(nn.InstanceNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    convert_norm(network, "frozen_batch_norm", only=tracks_statistics)
+    assert [type(norm) for norm in network] == [nn.InstanceNorm2d, FrozenBatchNorm, nn.BatchNorm2d]
+
+
+def test_modules_are_replaced_under_every_name():
+    """Also what is no norm; None where a child was taken out is left alone."""
+    shared, new = nn.ReLU(), nn.Identity()
+    network = nn.Sequential(shared, nn.Sequential(nn.Conv2d(1, 1, 1), shared))
+    network.register_module("gone", None)
+    assert replace_modules(network, {shared: new}) is network
+    assert network[0] is network[1][1] is new
+    assert replace_modules(shared, {shared: new}) is new

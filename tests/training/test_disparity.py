@@ -10,8 +10,8 @@ from torch import nn
 
 from nnunet_norm.layers import BatchRenorm2d, TrackedInstanceNorm2d
 from nnunet_norm.metrics import train_eval_disparity
+from nnunet_norm.statistics.modes import norms_in_train_mode
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, default_disparity_batches, measure_disparity
-from nnunet_norm.training.modes import norms_in_train_mode
 
 
 def network(norm):

@@ -20,8 +20,8 @@ def norms_in_train_mode(network: nn.Module, *, across_processes: bool = True) ->
 
     Args:
         network: The bare network.
-        across_processes: Whether SyncBatchNorm takes the statistics of all processes, for which each must run as many
-            batches; if not, it is BatchNorm inside.
+        across_processes: Whether norms take statistics of all processes, for which each must run as many batches; if not,
+            they act inside as if this process were alone.
     """
     norms = list(find_norms(network).values())
     flags = [norm.training for norm in norms]
@@ -41,8 +41,11 @@ def norms_in_train_mode(network: nn.Module, *, across_processes: bool = True) ->
 
 @contextmanager
 def _local(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, no norm waits for another process."""
     with ExitStack() as stack:
         for norm in norms:
             if isinstance(norm, nn.SyncBatchNorm):
                 stack.enter_context(patch.object(norm, "forward", MethodType(_BatchNorm.forward, norm)))
+            elif hasattr(norm, "sync"):
+                stack.enter_context(patch.object(norm, "sync", "none" if isinstance(norm.sync, str) else False))
         yield
