@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from nnunet_norm.errors import PlansError
+from nnunet_norm.layers import SYNC
 
 BLOCK = "nnunet_norm"
 """The key of the block in a configuration."""
@@ -32,6 +33,12 @@ SLOWEST_MOMENTUM, FASTEST_MOMENTUM = 0.01, 0.1
 
 AVERAGES_PER_TRAINING = 60
 """A training is at least so many times as long as what its running statistics average over."""
+
+
+_COUNTS = (
+    *("num_iterations_per_epoch", "num_val_iterations_per_epoch", "disparity_batches"),
+    *("population_samples", "reestimate_every", "normalization_batch_size"),
+)
 
 
 def _refuse(key: str, value: object, wanted: str) -> PlansError:
@@ -52,6 +59,16 @@ def _require_number(key: str, value: object, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _refuse(key, value, wanted)
     return float(value)
+
+
+def _names(key: str, value: object) -> tuple[str, ...]:
+    """Different names, in the order in which they are given."""
+    wanted = "a list of different names"
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) and name for name in value):
+        raise _refuse(key, value, wanted)
+    if len(set(value)) < len(value):
+        raise _refuse(key, value, wanted)
+    return tuple(value)
 
 
 def _require_known(prefix: str, block: Mapping[str, Any], known: list[str]) -> None:
@@ -79,6 +96,7 @@ class BatchRenormSettings:
         d_max: final limit of the shift in standard deviations, at least 0.
         warmup: share of all planned iterations with plain BatchNorm.
         ramp: share of all planned iterations over which the limits grow; warmup + ramp is at most 1.
+        sync: what processes of one training share, see ``nnunet_norm.layers.BatchRenorm2d``: "running", "full" or "none".
 
     Raises:
         PlansError: a value of the wrong type or out of range.
@@ -92,6 +110,7 @@ class BatchRenormSettings:
     d_max: float = 5.0
     warmup: float = 0.4
     ramp: float = 0.3
+    sync: str = "running"
 
     def __post_init__(self) -> None:
         wanted = {
@@ -108,6 +127,8 @@ class BatchRenormSettings:
             if not holds(value):
                 raise _refuse(f"batch_renorm.{key}", getattr(self, key), words)
             object.__setattr__(self, key, value)
+        if self.sync not in SYNC:
+            raise _refuse("batch_renorm.sync", self.sync, f"one of {', '.join(SYNC)}")
         # The tolerance lets shares such as 0.7 + 0.3, whose float sum may exceed 1, be what they mean.
         if self.warmup + self.ramp > 1 + 1e-9:
             shares = f"{self.warmup} + {self.ramp}"
@@ -131,7 +152,7 @@ class BatchRenormSettings:
         _require_known(f"{BLOCK}.batch_renorm", block, [item.name for item in fields(cls)])
         return cls(**block)
 
-    def to_block(self) -> dict[str, float]:
+    def to_block(self) -> dict[str, Any]:
         """Only what differs from the defaults."""
         return {
             item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
@@ -149,6 +170,11 @@ class NormSettings:
         seed: of the weights, and of sampling and augmentation where they run in the training process
             (``nnUNet_n_proc_DA=0``; nnU-Net's workers seed themselves); None leaves runs unseeded, as nnU-Net does.
         disparity_batches: validation batches on which train/eval disparity is measured.
+        population_samples: training patches from which PreciseBN and FrozenBN re-estimate the running statistics.
+        reestimate_every: epochs after which PreciseBN re-estimates them, besides the end of the training.
+        frozen_share: share of the epochs that FrozenBN trains with frozen statistics, at the end.
+        normalization_batch_size: samples that GhostBN normalizes together; it has no default.
+        domain_statistics: experimental batches of which BEN keeps running statistics each, by name.
         batch_renorm: the schedule of BatchRenorm.
 
     Raises:
@@ -160,10 +186,15 @@ class NormSettings:
     initial_lr: float | None = None
     seed: int | None = None
     disparity_batches: int | None = None
+    population_samples: int | None = None
+    reestimate_every: int | None = None
+    frozen_share: float | None = None
+    normalization_batch_size: int | None = None
+    domain_statistics: tuple[str, ...] | None = None
     batch_renorm: BatchRenormSettings = field(default_factory=BatchRenormSettings)
 
     def __post_init__(self) -> None:
-        for key in ("num_iterations_per_epoch", "num_val_iterations_per_epoch", "disparity_batches"):
+        for key in _COUNTS:
             if getattr(self, key) is not None:
                 _require_integer(key, getattr(self, key), 1)
         if self.seed is not None:
@@ -174,6 +205,12 @@ class NormSettings:
             if value <= 0:
                 raise _refuse("initial_lr", self.initial_lr, wanted)
             object.__setattr__(self, "initial_lr", value)
+        if self.frozen_share is not None:
+            wanted = "a share above 0 and below 1"
+            if not 0 < _require_number("frozen_share", self.frozen_share, wanted) < 1:
+                raise _refuse("frozen_share", self.frozen_share, wanted)
+        if self.domain_statistics is not None:
+            object.__setattr__(self, "domain_statistics", _names("domain_statistics", self.domain_statistics))
 
     @classmethod
     def from_configuration(cls, configuration: Mapping[str, Any]) -> Self:
@@ -202,5 +239,7 @@ class NormSettings:
             for item in fields(self)
             if item.default is not MISSING and getattr(self, item.name) is not None
         }
+        if self.domain_statistics is not None:
+            block["domain_statistics"] = list(self.domain_statistics)
         batch_renorm = self.batch_renorm.to_block()
         return {**block, "batch_renorm": batch_renorm} if batch_renorm else block

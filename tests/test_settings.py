@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_norm.errors import PlansError
+from nnunet_norm.layers import BatchRenorm2d
 from nnunet_norm.settings import BatchRenormSettings, NormSettings
 
 FULL = {
@@ -16,7 +17,12 @@ FULL = {
     "initial_lr": 0.005,
     "seed": 0,
     "disparity_batches": 3,
-    "batch_renorm": {"momentum": 0.1, "r_max": 2.0, "d_max": 0.0, "warmup": 0.7, "ramp": 0.2},
+    "population_samples": 2000,
+    "reestimate_every": 50,
+    "frozen_share": 0.25,
+    "normalization_batch_size": 2,
+    "domain_statistics": ["plate_1", "plate_2"],
+    "batch_renorm": {"momentum": 0.1, "r_max": 2.0, "d_max": 0.0, "warmup": 0.7, "ramp": 0.2, "sync": "full"},
 }
 
 
@@ -50,6 +56,11 @@ def test_every_entry_is_read_and_written_back() -> None:
             "initial_lr": st.floats(1e-9, 10),
             "seed": st.integers(0, 2**32 - 1),
             "disparity_batches": st.integers(1, 100),
+            "population_samples": st.integers(1, 10**6),
+            "reestimate_every": st.integers(1, 1000),
+            "frozen_share": st.floats(1e-9, 1, exclude_max=True),
+            "normalization_batch_size": st.integers(1, 64),
+            "domain_statistics": st.lists(st.text(min_size=1), min_size=1, unique=True),
             "batch_renorm": st.fixed_dictionaries(
                 {},
                 optional={
@@ -58,6 +69,7 @@ def test_every_entry_is_read_and_written_back() -> None:
                     "d_max": st.floats(0, 100),
                     "warmup": st.floats(0, 0.5),
                     "ramp": st.floats(0, 0.5),
+                    "sync": st.sampled_from(["running", "full", "none"]),
                 },
             ),
         },
@@ -91,6 +103,24 @@ def test_a_valid_block_survives_json_and_back(block: dict[str, object]) -> None:
         ({"batch_renorm": {"momentum": 0}}, r"batch_renorm\.momentum is 0; .*above 0"),
         ({"batch_renorm": {"momentum": 1.5}}, r"batch_renorm\.momentum is 1\.5"),
         ({"batch_renorm": {"warmup": 1.2}}, r"batch_renorm\.warmup is 1\.2; .*share from 0 to 1"),
+        ({"population_samples": 0}, r"population_samples is 0; .*at least 1"),
+        ({"population_samples": 1e3}, r"population_samples is 1000\.0; .*whole number"),
+        ({"reestimate_every": 0}, r"reestimate_every is 0; .*at least 1"),
+        ({"reestimate_every": True}, r"reestimate_every is True"),
+        ({"normalization_batch_size": -2}, r"normalization_batch_size is -2; .*at least 1"),
+        ({"frozen_share": 0}, r"frozen_share is 0; .*above 0 and below 1"),
+        ({"frozen_share": 1.0}, r"frozen_share is 1\.0; .*above 0 and below 1"),
+        ({"frozen_share": "0.2"}, r"frozen_share is '0\.2'"),
+        ({"frozen_share": math.nan}, r"frozen_share is nan"),
+        ({"domain_statistics": "plate_1"}, r"domain_statistics is 'plate_1'; .*list of different names"),
+        ({"domain_statistics": []}, r"domain_statistics is \[\]; .*list of different names"),
+        ({"domain_statistics": ["a", "b", "a"]}, r"domain_statistics is \['a', 'b', 'a'\]; .*different names"),
+        ({"domain_statistics": ["a", 2]}, r"domain_statistics is \['a', 2\]"),
+        ({"domain_statistics": ["a", ""]}, r"domain_statistics is \['a', ''\]"),
+        ({"domain_statistics": True}, r"domain_statistics is True"),
+        ({"batch_renorm": {"sync": "all"}}, r"batch_renorm\.sync is 'all'; it must be one of running, full, none"),
+        ({"batch_renorm": {"sync": True}}, r"batch_renorm\.sync is True"),
+        ({"batch_renorm": {"sync": None}}, r"batch_renorm\.sync is None"),
         ({"batch_renorm": {"warmup": 0.8}}, r"warmup \+ ramp is 0\.8 \+ 0\.3; together they are at most 1"),
     ],
 )
@@ -117,3 +147,29 @@ def test_settings_cannot_be_changed() -> None:
 def test_running_statistics_average_over_a_small_part_of_the_training(planned, momentum):
     assert BatchRenormSettings().momentum_over(planned) == pytest.approx(momentum)
     assert BatchRenormSettings(momentum=0.3).momentum_over(planned) == 0.3
+
+
+def test_what_processes_share_is_the_running_statistics_unless_said_otherwise():
+    """Enforces the default of DistributedDataParallel training, and the layer's own words for it."""
+    assert BatchRenormSettings().sync == "running"
+    assert read(batch_renorm={"sync": "running"}).to_block() == {}
+    for sync in ("running", "full", "none"):
+        assert BatchRenorm2d(2, sync=read(batch_renorm={"sync": sync}).batch_renorm.sync).sync == sync
+
+
+def test_names_of_domains_keep_their_order_and_cannot_be_changed():
+    """Enforces that the order, by which statistics are stored, is that of the plans."""
+    names = ["z", "a", "m"]
+    settings = read(domain_statistics=names)
+    names.append("later")
+    assert settings.domain_statistics == ("z", "a", "m")
+    assert settings.to_block() == {"domain_statistics": ["z", "a", "m"]}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["population_samples", "reestimate_every", "frozen_share", "normalization_batch_size", "domain_statistics"],
+)
+def test_what_is_not_set_is_left_to_the_trainer(key):
+    assert getattr(NormSettings(), key) is None
+    assert key not in NormSettings().to_block()

@@ -5,6 +5,9 @@ each lookup: nothing but leaf classes belongs here. The names stand in results f
 """
 
 from nnunet_norm.training import NormTrainer, resolve_trainer
+from nnunet_norm.training.experimental_batch_trainer import ExperimentalBatchTrainer
+from nnunet_norm.training.ghost_batch_norm_trainer import GhostBatchNormTrainer
+from nnunet_norm.training.reestimating import FrozenBatchNormTrainer, PreciseBatchNormTrainer
 
 
 class nnUNetTrainerBRN(NormTrainer):
@@ -35,6 +38,22 @@ class nnUNetTrainerBatchNorm(NormTrainer):
     """BatchNorm: the same in every tile; with small batches it predicts otherwise than it was trained to."""
 
     norm = "batch_norm"
+
+
+class nnUNetTrainerPreciseBN(PreciseBatchNormTrainer):
+    """BatchNorm with running statistics re-estimated from training patches, before the final checkpoint."""
+
+
+class nnUNetTrainerFrozenBN(FrozenBatchNormTrainer):
+    """BatchNorm that trains its last epochs with frozen, re-estimated statistics: no disparity."""
+
+
+class nnUNetTrainerGhostBN(GhostBatchNormTrainer):
+    """BatchNorm over parts of the batch, of a size that stands in the plans."""
+
+
+class nnUNetTrainerBEN(ExperimentalBatchTrainer):
+    """BatchNorm with mini-batches of one experimental batch each: takes out what its images have in common."""
 
 
 class nnUNetTrainerNoNorm(NormTrainer):

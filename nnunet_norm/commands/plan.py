@@ -8,15 +8,25 @@ Every stage of a cascade is derived together: batch and patch for the configurat
 
 import argparse
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_norm.commands.messages import messages_shown
-from nnunet_norm.errors import PlansError, SetupError
+from nnunet_norm.errors import ExperimentalBatchesError, PlansError, SetupError
+from nnunet_norm.experimental_batches import (
+    find_experimental_batches,
+    load_experimental_batches,
+    missing_cases,
+    small_batches,
+    untrained_batches,
+)
 from nnunet_norm.planning import cascade, derive_plans, load_plans, resolve_configuration, save_plans
 
 OPTIONS = {
@@ -32,9 +42,24 @@ OPTIONS = {
     "initial_lr": "--initial-lr",
     "seed": "--seed",
     "disparity_batches": "--disparity-batches",
+    "population_samples": "--population-samples",
+    "reestimate_every": "--reestimate-every",
+    "frozen_share": "--frozen-share",
+    "normalization_batch_size": "--normalization-batch-size",
+    "domain_statistics": "--domain-statistics",
     "batch_renorm": "--batch-renorm",
 }
 """Parameters of ``derive_plans`` and the flags that give them."""
+
+TRAINERS = {
+    "norm_op": "nnUNetTrainerNorm",
+    "domain_statistics": "nnUNetTrainerBEN",
+    "normalization_batch_size": "nnUNetTrainerGhostBN",
+    "frozen_share": "nnUNetTrainerFrozenBN",
+    "reestimate_every": "nnUNetTrainerPreciseBN",
+    "population_samples": "nnUNetTrainerPreciseBN",
+}
+"""Which trainer a setting is for; the first that is given counts."""
 
 RECIPES = "nnunet_norm.plans"
 """Where recipes are found by name; the library does not import them otherwise."""
@@ -72,14 +97,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--seed", type=int, metavar="N", help="of weights; with nnUNet_n_proc_DA=0 of all else too")
     changes.add_argument("--disparity-batches", type=int, metavar="N", help="batches on which disparity is measured")
     changes.add_argument(
-        "--batch-renorm", type=_setting, nargs="+", metavar="KEY=F", help="momentum, r_max, d_max, warmup, ramp"
+        "--population-samples", type=int, metavar="N", help="patches for PreciseBN's and FrozenBN's statistics"
+    )
+    changes.add_argument("--reestimate-every", type=int, metavar="N", help="epochs between PreciseBN's estimates")
+    changes.add_argument("--frozen-share", type=float, metavar="F", help="of FrozenBN's epochs, at the end")
+    changes.add_argument("--normalization-batch-size", type=int, metavar="N", help="samples that GhostBN normalizes by")
+    changes.add_argument(
+        "--domain-statistics",
+        action="store_true",
+        help="running statistics for each experimental batch of the dataset (nnUNetTrainerBEN)",
+    )
+    changes.add_argument(
+        "--batch-renorm", type=_setting, nargs="+", metavar="KEY=V", help="momentum, r_max, d_max, warmup, ramp, sync"
     )
     parser.add_argument("--plans-name", metavar="NAME", help="of the result (default: the old name and what changed)")
     parser.add_argument("--overwrite", action="store_true", help="replace a plans file of that name")
 
 
-def _setting(text: str) -> tuple[str, float]:
+def _setting(text: str) -> tuple[str, float | str]:
     key, _, value = text.partition("=")
+    if key == "sync" and value:
+        return key, value
     try:
         return key, float(value)
     except ValueError as error:
@@ -97,13 +135,17 @@ def run(args: argparse.Namespace) -> None:
     derive = derive_plans if args.recipe is None else _recipe(args.recipe)
     dataset, folder = _dataset(args.d)
     plans = load_plans(folder, args.p)
+    batches = _experimental_batches(dataset, folder, "domain_statistics" in options)
+    if "domain_statistics" in options:
+        options["domain_statistics"] = batches
     with messages_shown():
         derived = derive(plans, args.c, plans_name=args.plans_name, **options)
     path = save_plans(derived, folder, overwrite=args.overwrite)
     print(f"\n{path}\n")
     _print_table(_differences(plans, derived))
     print("\nNext:")
-    for command in _next_commands(dataset, derived, args.c, "norm_op" in options):
+    trainer = next((TRAINERS[name] for name in TRAINERS if name in options), "nnUNetTrainerBRN")
+    for command in _next_commands(dataset, derived, args.c, trainer):
         print(f"  {command}")
 
 
@@ -125,6 +167,47 @@ def _dataset(name_or_id: str) -> tuple[str, str]:
     except (RuntimeError, ValueError) as error:  # what nnU-Net raises for no, several or a misspelt dataset
         raise SetupError(f"-d {name_or_id}: {' '.join(str(error).split())}") from error
     return name, f"{nnUNet_preprocessed}/{name}"
+
+
+def _experimental_batches(dataset: str, folder: str, wanted: bool) -> list[str]:
+    """Names of the dataset's experimental batches; what is wrong with them is refused if they are wanted, and else told."""
+    try:
+        path = find_experimental_batches(dataset)
+    except ExperimentalBatchesError:
+        if wanted:
+            raise
+        return []
+    try:
+        batches = load_experimental_batches(path)
+    except ExperimentalBatchesError as error:
+        if wanted:
+            raise
+        print(f"WARNING: {error}")
+        return []
+    cases, splits = _cases(dataset, folder)
+    if wanted and not cases:
+        raise SetupError(f"-d {dataset}: there are no cases yet; run nnUNetv2_plan_and_preprocess first")
+    problems = [text for text in (missing_cases(batches, cases), small_batches(batches, cases)) if text]
+    if wanted and problems:
+        raise ExperimentalBatchesError(f"{path}: {'; '.join(problems)}")
+    # Leaving whole experimental batches out is a way to validate: told, never refused.
+    for text in [*problems, untrained_batches(batches, splits)]:
+        if text:
+            print(f"WARNING: {path}: {text}")
+    return list(batches.grouped(case for case in cases if case in batches.batches))
+
+
+def _cases(dataset: str, folder: str) -> tuple[set[str], list[dict[str, list[str]]]]:
+    """The dataset's cases, of the preprocessed labels or, before there are any, of the raw data; and its folds, if any."""
+    path = Path(folder, "splits_final.json")
+    splits = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    labels, description = Path(folder, "gt_segmentations"), Path(folder, "dataset.json")
+    if labels.is_dir() and description.is_file():
+        ending = json.loads(description.read_text(encoding="utf-8"))["file_ending"]
+        return {file.name.removesuffix(ending) for file in labels.glob(f"*{ending}")}, splits
+    if nnUNet_raw.is_set() and Path(str(nnUNet_raw), dataset, "dataset.json").is_file():
+        return set(get_filenames_of_train_images_and_targets(f"{nnUNet_raw}/{dataset}")), splits
+    return set(), splits
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -157,9 +240,8 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
         print(f"{configuration:<{widths[0]}}  {key:<{widths[1]}}  {old} -> {new}")
 
 
-def _next_commands(dataset: str, derived: dict[str, Any], named: list[str], norm_given: bool) -> list[str]:
+def _next_commands(dataset: str, derived: dict[str, Any], named: list[str], trainer: str) -> list[str]:
     """The export line and one training per configuration; a cascade needs all folds of a stage before the next one."""
-    trainer = "nnUNetTrainerNorm" if norm_given else "nnUNetTrainerBRN"
     commands = ['export nnUNet_extTrainer="$(nnunet-norm trainers-dir)"']
     for name in dict.fromkeys(stage for configuration in named for stage in cascade(derived, configuration)):
         line = f"nnUNetv2_train {dataset} {name} 0 -p {derived['plans_name']} -tr {trainer}"

@@ -44,6 +44,9 @@ COUNTS = {
     "iterations_per_epoch",
     "val_iterations_per_epoch",
     "disparity_batches",
+    "population_samples",
+    "reestimate_every",
+    "normalization_batch_size",
 }
 
 SETTINGS = {
@@ -52,6 +55,11 @@ SETTINGS = {
     "initial_lr": "initial_lr",
     "seed": "seed",
     "disparity_batches": "disparity_batches",
+    "population_samples": "population_samples",
+    "reestimate_every": "reestimate_every",
+    "frozen_share": "frozen_share",
+    "normalization_batch_size": "normalization_batch_size",
+    "domain_statistics": "domain_statistics",
     "batch_renorm": "batch_renorm",
 }
 """Options and the entries of the block ``"nnunet_norm"`` that they set."""
@@ -78,7 +86,12 @@ def derive_plans(
     initial_lr: float | None = None,
     seed: int | None = None,
     disparity_batches: int | None = None,
-    batch_renorm: BatchRenormSettings | Mapping[str, float] | None = None,
+    population_samples: int | None = None,
+    reestimate_every: int | None = None,
+    frozen_share: float | None = None,
+    normalization_batch_size: int | None = None,
+    domain_statistics: Sequence[str] | None = None,
+    batch_renorm: BatchRenormSettings | Mapping[str, Any] | None = None,
 ) -> Plans:
     """Derive new plans; the input is left as it is, and so is every configuration that is not named.
 
@@ -109,6 +122,11 @@ def derive_plans(
         initial_lr: learning rate at the start.
         seed: of weights, sampling and augmentation.
         disparity_batches: validation batches on which train/eval disparity is measured.
+        population_samples: training patches from which PreciseBN and FrozenBN re-estimate the running statistics.
+        reestimate_every: epochs after which PreciseBN re-estimates them, besides the end of the training.
+        frozen_share: share of the epochs that FrozenBN trains with frozen statistics, at the end.
+        normalization_batch_size: samples that GhostBN normalizes together.
+        domain_statistics: experimental batches of which BEN keeps running statistics each, by name.
         batch_renorm: the whole schedule, or those of its entries that change.
 
     Raises:
@@ -170,6 +188,8 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(asked[name], Iterable) or isinstance(asked[name], str):
             raise PlansError(f"{name} is {asked[name]!r}; it must be a sequence of whole numbers")
         asked[name] = [_positive(name, value) for value in asked[name]]
+    if "domain_statistics" in asked:
+        asked["domain_statistics"] = list(asked["domain_statistics"])
     if "norm_op_kwargs" in asked:
         asked["norm_op_kwargs"] = dict(asked["norm_op_kwargs"])
         try:

@@ -11,7 +11,7 @@ from nnunet_norm.writing import write_json
 
 Plans = dict[str, Any]
 
-NOT_PLANS = {"dataset", "dataset_fingerprint", "splits_final"}
+NOT_PLANS = {"dataset", "dataset_fingerprint", "experimental_batches", "splits_final"}
 """The other JSON files of a preprocessed dataset."""
 
 

@@ -35,6 +35,11 @@ PREFIXES = {
     "initial_lr": "lr",
     "seed": "seed",
     "disparity_batches": "disp",
+    "population_samples": "pop",
+    "reestimate_every": "every",
+    "frozen_share": "frozen",
+    "normalization_batch_size": "nb",
+    "domain_statistics": "domains",
     "batch_renorm": "brn-",
 }
 """How each option begins in the default name."""
@@ -62,6 +67,8 @@ def _short(option: str, value: Any) -> str:
         text = str(value)
     if option == "replan_topology":
         return "replan"
+    if option == "domain_statistics":
+        text = str(len(value))
     if option == "norm_op":
         text = text.rsplit(".", 1)[-1]
     # What a keyword argument may be called or contain is not what a folder's name may.

@@ -10,7 +10,7 @@ from nnunet_norm.errors import PlansError
 from nnunet_norm.layers import NORMS
 
 _STOCK = (nn.InstanceNorm2d, nn.InstanceNorm3d)
-_SCHEDULE = ("momentum", "r_max", "d_max", "warmup_steps", "ramp_steps")
+_SCHEDULE = ("momentum", "r_max", "d_max", "warmup_steps", "ramp_steps", "sync")
 
 
 def named_norm(architecture: Mapping[str, Any]) -> str | None:

@@ -26,7 +26,7 @@ from nnunet_norm.training.disparity import (
     measure_disparity,
 )
 from nnunet_norm.training.initial_statistics import InitialStatistics
-from nnunet_norm.training.validation import halo_validation
+from nnunet_norm.training.validation import ValidationPredictor, halo_validation
 
 LARGE_DISPARITY = 0.1
 """Mean train/eval disparity from which on the log warns: the modes disagree on more than a tenth of what they predict."""
@@ -59,6 +59,9 @@ class NormTrainer(nnUNetTrainer):
 
     epochs: ClassVar[int | None] = None
     """Number of epochs if the trainer's name says so."""
+
+    validation_predictor: ClassVar[type[ValidationPredictor]] = ValidationPredictor
+    """What the final validation predicts and measures with."""
 
     def __init__(
         self,
@@ -160,6 +163,7 @@ class NormTrainer(nnUNetTrainer):
             "d_max": settings.d_max,
             "warmup_steps": round(settings.warmup * planned),
             "ramp_steps": round(settings.ramp * planned),
+            "sync": settings.sync,
         }
         # With nnUNetTrainerNorm, what the plans give the norm itself has its home there and holds.
         architecture = self.configuration_manager.network_arch_init_kwargs
@@ -249,6 +253,10 @@ class NormTrainer(nnUNetTrainer):
                 f"clipped channels {disparity.clipped:.1%}, mean |log r| {disparity.abs_log_r:.3f}, "
                 f"mean |d| {disparity.abs_d:.3f}"
             )
+        elif disparity.batch_statistics:
+            self.print_to_log_file(
+                f"Frozen statistics: disparity against plain batch statistics {disparity.batch_statistics_mean:.4f}"
+            )
         for key, value in values.items():
             self.logger.log(key, value, self.current_epoch)
         self._warn_when_large(disparity)
@@ -258,15 +266,18 @@ class NormTrainer(nnUNetTrainer):
         if large and not self._was_large:
             warming_up = bool(self.renorms) and self.renorms[0].limits().d_max.item() < self.renorms[0].d_max
             remedy = (
-                "it should fall as BatchRenorm's limits open; judge it after the ramp"
-                if warming_up
-                else _REMEDIES.get(self._norm_of_network() or "", "train with nnUNetTrainerBRN or nnUNetTrainerGN")
+                "it should fall as BatchRenorm's limits open; judge it after the ramp" if warming_up else self.remedy
             )
             self.print_to_log_file(
                 f"WARNING: train/eval disparity is {disparity.mean:.3f}: the network predicts otherwise with its running "
                 f"statistics than it was trained to; {remedy}."
             )
         self._was_large = large
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a large disparity."""
+        return _REMEDIES.get(self._norm_of_network() or "", "train with nnUNetTrainerBRN or nnUNetTrainerGN")
 
     def _norm_of_network(self) -> str | None:
         """The trainer's norm, or what the plans name if it leaves that to them."""

@@ -137,8 +137,11 @@ class ValidationPredictor(HaloPredictor):
 
     @property
     def batch_size(self) -> int:
-        """Samples whose statistics normalize one step of the training: of all processes only for SyncBatchNorm."""
-        synchronized = any(isinstance(m, torch.nn.SyncBatchNorm) for m in self.bare_network.modules())
+        """Samples whose statistics normalize one step of the training: of all processes only for synchronized norms."""
+        synchronized = any(
+            isinstance(m, torch.nn.SyncBatchNorm) or getattr(m, "sync", None) == "full"
+            for m in self.bare_network.modules()
+        )
         return self.configuration_manager.batch_size if synchronized else self.trainer.batch_size
 
     def measure_batches(self) -> None:
@@ -195,7 +198,7 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
     module = import_module(nnUNetTrainer.__module__)
 
     def halo_predictor(**kwargs: Any) -> ValidationPredictor:
-        predictors.append(ValidationPredictor(trainer, **kwargs))
+        predictors.append(trainer.validation_predictor(trainer, **kwargs))
         return predictors[-1]
 
     trainer.print_to_log_file(
@@ -265,6 +268,10 @@ def report_of(
             "clipped_channels": _none_for_nan(disparity.clipped),
             "abs_log_r": _none_for_nan(disparity.abs_log_r),
             "abs_d": _none_for_nan(disparity.abs_d),
+        }
+    elif disparity.batch_statistics:
+        report["frozen_batch_norm"] = {
+            "batch_statistics_disparity": _named(names, disparity.batch_statistics),
         }
     return report
 

@@ -151,3 +151,126 @@ def test_logging_is_left_as_it_was(folder: Path) -> None:
     before = (logger.level, list(logger.handlers))
     assert plan("-d", 990, "-c", "2d", "--batch-size", 4) == 0
     assert (logger.level, list(logger.handlers)) == before
+
+
+def describe(folder: Path, batches: dict[str, str], cases: list[str], splits: list | None = None) -> Path:
+    """What nnU-Net leaves of a preprocessed dataset, and the experimental batches beside it."""
+    (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    (folder / "gt_segmentations").mkdir()
+    for case in cases:
+        (folder / "gt_segmentations" / f"{case}.nii.gz").touch()
+    if splits is not None:
+        (folder / "splits_final.json").write_text(json.dumps(splits))
+    path = folder / "experimental_batches.json"
+    path.write_text(json.dumps({"batches": batches}))
+    return path
+
+
+def test_domain_statistics_are_those_of_the_datasets_experimental_batches(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces the names in the plans, without those that no case has, and the trainer that takes them."""
+    batches = {"c1": "b", "c2": "b", "c3": "a", "c4": "a", "test1": "elsewhere"}
+    describe(folder, batches, ["c1", "c2", "c3", "c4"])
+    assert plan("-d", 990, "-c", "2d", "--domain-statistics") == 0
+    configuration = json.loads((folder / "nnUNetPlans_domains2.json").read_text())["configurations"]["2d"]
+    assert configuration["nnunet_norm"] == {"domain_statistics": ["a", "b"]}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("-p nnUNetPlans_domains2 -tr nnUNetTrainerBEN")
+    assert not [line for line in lines if "WARNING" in line]
+
+
+def test_problems_of_experimental_batches_are_told_and_refused_where_statistics_hang_on_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces the names of missing cases and of batches too small, as warnings, or as a refusal that writes nothing."""
+    batches = {"c1": "a", "c2": "a", "c3": "b"}
+    path = describe(folder, batches, ["c1", "c2", "c3", "c4"], [{"train": ["c1", "c2"], "val": ["c3", "c4"]}])
+    assert plan("-d", 990, "-c", "2d", "--batch-size", 4) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert warnings == [
+        f"WARNING: {path}: 1 of 4 cases have no experimental batch: c4; name one for each",
+        f"WARNING: {path}: experimental batches of one case: b (c3); give them more cases, or the name of another batch",
+        f"WARNING: {path}: experimental batches that a fold validates on without a training case: b (fold 0)",
+    ]
+    assert plan("-d", 990, "-c", "2d", "--domain-statistics") == 2
+    line = refusal(capsys)
+    assert "have no experimental batch: c4; name one for each; experimental batches of one case: b (c3)" in line
+    assert not (folder / "nnUNetPlans_domains2.json").exists()
+
+
+def test_leaving_experimental_batches_out_of_a_fold_is_told_and_never_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces that leave-one-batch-out splits can be planned with statistics per batch."""
+    batches = {"c1": "a", "c2": "a", "c3": "b", "c4": "b"}
+    splits = [{"train": ["c1", "c2"], "val": ["c3", "c4"]}, {"train": ["c3", "c4"], "val": ["c1", "c2"]}]
+    describe(folder, batches, list(batches), splits)
+    assert plan("-d", 990, "-c", "2d", "--domain-statistics") == 0
+    assert "without a training case: a (fold 1), b (fold 0)" in capsys.readouterr().out
+
+
+def test_domain_statistics_without_file_or_cases_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces one line with the remedy, and that a malformed file is only told where nothing hangs on it."""
+    assert plan("-d", 990, "-c", "2d", "--domain-statistics") == 2
+    assert f"there is no experimental_batches.json in {folder}" in refusal(capsys)
+    path = folder / "experimental_batches.json"
+    path.write_text('{"batches": {"c1": "a"}}')
+    assert plan("-d", 990, "-c", "2d", "--domain-statistics") == 2
+    assert "there are no cases yet; run nnUNetv2_plan_and_preprocess first" in refusal(capsys)
+    path.write_text("{}")
+    assert plan("-d", 990, "-c", "2d", "--domain-statistics") == 2
+    assert f"{path}: it must be an object" in refusal(capsys)
+    assert plan("-d", 990, "-c", "2d", "--batch-size", 4) == 0
+    assert f"WARNING: {path}: it must be an object" in capsys.readouterr().out
+    assert plan("-d", 990, "-c", "2d", "--batch-size", 4, "-p", "other") == 2
+    assert "there are nnUNetPlans" in refusal(capsys)  # the file is not offered as plans
+
+
+def test_cases_of_a_dataset_that_is_not_preprocessed_are_those_of_the_raw_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces the check before preprocessing, with the file beside the raw dataset's dataset.json."""
+    raw = folder.parent / "raw" / DATASET
+    (raw / "imagesTr").mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    (raw / "dataset.json").write_text(json.dumps({"file_ending": ".png"}))
+    for case in ("c1", "c2"):
+        (raw / "imagesTr" / f"{case}_0000.png").touch()
+    (raw / "experimental_batches.json").write_text(json.dumps({"batches": {"c1": "a"}}))
+    assert plan("-d", 990, "-c", "2d", "--batch-size", 4) == 0
+    assert "1 of 2 cases have no experimental batch: c2" in capsys.readouterr().out
+
+
+def test_settings_of_population_statistics_reach_the_plans(folder: Path) -> None:
+    """Enforces the flags of PreciseBN, FrozenBN and GhostBN, and sync, the one word among BatchRenorm's numbers."""
+    options = "--population-samples 500 --reestimate-every 10 --frozen-share 0.3 --normalization-batch-size 2 "
+    assert plan("-d", 990, "-c", "2d", *options.split(), "--batch-renorm", "sync=full", "r_max=2") == 0
+    (path,) = folder.glob("nnUNetPlans_*.json")
+    assert path.stem == "nnUNetPlans_pop500_every10_frozen0.3_nb2_brn-rmax2.0-syncfull"
+    assert json.loads(path.read_text())["configurations"]["2d"]["nnunet_norm"] == {
+        "population_samples": 500,
+        "reestimate_every": 10,
+        "frozen_share": 0.3,
+        "normalization_batch_size": 2,
+        "batch_renorm": {"r_max": 2.0, "sync": "full"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--population-samples", 0], "population_samples is 0; it must be a whole number of at least 1"),
+        (["--reestimate-every", -1], "reestimate_every is -1; it must be a whole number"),
+        (["--frozen-share", 1.0], "nnunet_norm.frozen_share is 1.0; it must be a share above 0 and below 1"),
+        (["--normalization-batch-size", 0], "normalization_batch_size is 0; it must be a whole number"),
+        (["--batch-renorm", "sync=all"], "batch_renorm.sync is 'all'; it must be one of running, full, none"),
+    ],
+)
+def test_settings_out_of_range_get_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], flag: list, message: str
+) -> None:
+    """Enforces exit code 2, the key, the value and the choice, and no new file."""
+    assert plan("-d", 990, "-c", "2d", *flag) == 2
+    assert message in refusal(capsys)
+    assert [file.name for file in folder.iterdir()] == ["nnUNetPlans.json"]

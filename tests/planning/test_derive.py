@@ -280,6 +280,26 @@ def test_settings_add_to_those_that_are_there(plans: dict) -> None:
     assert resolved(whole, "3d_fullres")["nnunet_norm"] == {"initial_lr": 0.1, "seed": 1}
 
 
+def test_population_statistics_are_settings_of_the_block(plans: dict) -> None:
+    """Enforces the entries, plain JSON, the default name, and that a further derivation keeps them."""
+    options = {
+        "population_samples": 500,
+        "reestimate_every": 10,
+        "frozen_share": 0.3,
+        "normalization_batch_size": 2,
+        "domain_statistics": ("plate_2", "plate_1"),
+        "batch_renorm": {"sync": "full"},
+    }
+    derived = derive_plans(plans, "3d_fullres", **options)
+    block = {**options, "domain_statistics": ["plate_2", "plate_1"]}
+    assert resolved(derived, "3d_fullres")["nnunet_norm"] == block
+    assert json.loads(json.dumps(derived)) == derived
+    assert derived["plans_name"] == "nnUNetPlans_pop500_every10_frozen0.3_nb2_domains2_brn-syncfull"
+    more = derive_plans(derived, "3d_fullres", batch_renorm={"r_max": 2.0}, population_samples=9)
+    expected = {**block, "population_samples": 9, "batch_renorm": {"r_max": 2.0, "sync": "full"}}
+    assert resolved(more, "3d_fullres")["nnunet_norm"] == expected
+
+
 @pytest.mark.parametrize(
     ("configuration", "options", "message"),
     [
@@ -297,6 +317,12 @@ def test_settings_add_to_those_that_are_there(plans: dict) -> None:
         ("2d", {"base_features": 8, "features_per_stage": [8] * 8}, r"base_features and features_per_stage"),
         ("2d", {"seed": -1}, r"nnunet_norm\.seed is -1"),
         ("2d", {"batch_renorm": {"rmax": 2}}, r"batch_renorm\.rmax is not a setting"),
+        ("2d", {"batch_renorm": {"sync": "all"}}, r"batch_renorm\.sync is 'all'; .*one of running, full, none"),
+        ("2d", {"population_samples": 0}, r"population_samples is 0; .*at least 1"),
+        ("2d", {"reestimate_every": 1.5}, r"reestimate_every is 1\.5"),
+        ("2d", {"frozen_share": 1}, r"nnunet_norm\.frozen_share is 1; .*above 0 and below 1"),
+        ("2d", {"normalization_batch_size": True}, r"normalization_batch_size is True"),
+        ("2d", {"domain_statistics": ["a", "a"]}, r"nnunet_norm\.domain_statistics is \['a', 'a'\]; .*different names"),
         (
             "2d",
             {"batch_size": 4, "plans_name": "nnUNetPlans"},

@@ -8,7 +8,19 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunet_norm.errors import TrainerNameError
 from nnunet_norm.training import NormTrainer
 
-NORMS = ("BRN", "GN", "InstanceNorm", "INTracked", "BatchNorm", "NoNorm", "Norm")
+NORMS = (
+    "BRN",
+    "GN",
+    "InstanceNorm",
+    "INTracked",
+    "BatchNorm",
+    "PreciseBN",
+    "FrozenBN",
+    "GhostBN",
+    "BEN",
+    "NoNorm",
+    "Norm",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +46,10 @@ def test_what_each_name_means_never_changes():
         "InstanceNorm": "instance_norm",
         "INTracked": "instance_norm_tracked",
         "BatchNorm": "batch_norm",
+        "PreciseBN": "batch_norm",
+        "FrozenBN": "batch_norm",
+        "GhostBN": "ghost_batch_norm",
+        "BEN": "batch_norm",
         "NoNorm": "none",
         "Norm": None,
     }
