@@ -12,9 +12,9 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from nnunet_norm.errors import ModelFolderError, OutputError
+from nnunet_norm.errors import ModelFolderError
 from nnunet_norm.layers import convert_norm, find_norms
-from nnunet_norm.writing import written_beside
+from nnunet_norm.prediction.model_writing import write_checkpoint
 
 
 def pretrained_weights(model_folder: str | Path, fold: int | str, checkpoint_name: str) -> dict[str, Tensor]:
@@ -71,10 +71,4 @@ def export_pretrained(model_folder: str | Path, fold: int | str, checkpoint_name
         OutputError: If the file cannot be written; nothing is left behind.
     """
     weights = pretrained_weights(model_folder, fold, checkpoint_name)
-    with written_beside(output) as beside:
-        try:
-            torch.save({"network_weights": weights}, beside)
-        except RuntimeError as error:  # what torch raises when it cannot open or fill the file
-            raise OutputError(
-                f"{output} cannot be written ({str(error).splitlines()[0]}): choose another place"
-            ) from error
+    write_checkpoint(output, {"network_weights": weights})

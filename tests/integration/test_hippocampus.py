@@ -1,6 +1,7 @@
 """The whole road on hippocampus MRI: from the raw dataset to an evaluated ensemble, through nnU-Net's own programs."""
 
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -214,3 +215,37 @@ def test_pretrained_weights_of_gn_start_a_training_with_brn(workspace, trained, 
     fold = workspace.model(DATASET, trainer, "small", "3d_fullres") / "fold_0"
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["network_weights"]["encoder.stages.0.0.convs.0.norm.num_batches_tracked"] == 10
+
+
+def test_an_exported_model_predicts_the_same_where_this_package_is_not(
+    workspace, trained, predicted, planned, tmp_path
+):
+    said = workspace.run(
+        *("nnunet-norm", "export", "-d", 4, "-c", "3d_fullres", "-tr", BRN, "-p", "small", "--plans-name", "small_BRN")
+    ).stdout
+    assert "nnUNetv2_predict -d Dataset004_Hippocampus -c 3d_fullres -p small_BRN -f 0 1" in said
+    code = (
+        "import sys; sys.modules['nnunet_norm'] = None; "
+        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
+    )
+    workspace.run(
+        *(sys.executable, "-W", "ignore", "-c", code, "-i", planned / "imagesTs", "-o", tmp_path / "out", "-d", 4),
+        *("-c", "3d_fullres", "-p", "small_BRN", "-f", 0, 1, "-device", "cpu", "--save_probabilities"),
+        *("-npp", 0, "-nps", 0),
+        nnUNet_extTrainer="",
+    )
+    archive = tmp_path / "model.zip"
+    workspace.run(
+        *("nnUNetv2_export_model_to_zip", "-d", 4, "-o", archive, "-c", "3d_fullres", "-p", "small_BRN", "-f", 0, 1)
+    )
+    assert zipfile.is_zipfile(archive)
+    paths = sorted(predicted["gaussian"].glob("*.npz"))
+    assert len(paths) == NUM_TEST
+    for path in paths:
+        mine, theirs = (np.load(folder / path.name)["probabilities"] for folder in (tmp_path / "out", path.parent))
+        assert np.array_equal(mine, theirs)
+        mine, theirs = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"{path.stem}.nii.gz")))
+            for folder in (tmp_path / "out", path.parent)
+        )
+        assert np.array_equal(mine, theirs)
