@@ -135,7 +135,6 @@ class _Run:
     def free_all(self) -> None:
         for data in {id(store.data): store.data for store in self.stores.values()}.values():
             self.scratch.free(data)
-        self.stores.clear()
 
     def free_after(self, number: int) -> None:
         piece = self.schedule.pieces[number]

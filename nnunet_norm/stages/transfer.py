@@ -38,6 +38,9 @@ class Transfer:
         for pool in (self._reader, self._writer):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
+        # An error of a thread holds what it was at, and that holds the error: a circle, and with it memory and files.
+        self._ahead.clear()
+        self._writes.clear()
 
     @property
     def overlaps(self) -> bool:

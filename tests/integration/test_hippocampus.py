@@ -107,6 +107,33 @@ def test_the_killed_training_was_continued_on_its_schedule(trained):
     )  # epoch 2 starts after 20: 9 of 10 steps up the ramp
 
 
+def test_a_killed_training_ends_with_the_very_weights_and_statistics_of_one_that_was_not(workspace, planned):
+    """FrozenBN, killed in its warm-up: re-estimated statistics, learning rates and optimizer are the same to the last bit."""
+    trainer = "nnUNetTrainerFrozenBN_3epochs"
+    for name in ("straight", "killed"):
+        workspace.run(
+            *("nnunet-norm", "plan", "-d", 4, "-c", "3d_fullres", "-p", "small", "--plans-name", name),
+            *("--iterations-per-epoch", 4, "--population-samples", 6, "--frozen-share", 0.5),
+        )
+    workspace.train(4, "3d_fullres", 0, trainer, "straight")
+    workspace.killed_while_training(
+        "are frozen from epoch 1 on",
+        *("nnUNetv2_train", 4, "3d_fullres", 0, "-tr", trainer, "-p", "killed", "-device", "cpu"),
+    )
+    workspace.train(4, "3d_fullres", 0, trainer, "killed", "--c")
+    straight, killed = (
+        torch.load(
+            workspace.model(DATASET, trainer, name, "3d_fullres") / "fold_0" / "checkpoint_final.pth",
+            weights_only=False,
+        )
+        for name in ("straight", "killed")
+    )
+    assert all(torch.equal(killed["network_weights"][k], v) for k, v in straight["network_weights"].items())
+    for mine, theirs in zip(*(c["optimizer_state"]["state"].values() for c in (killed, straight)), strict=True):
+        assert torch.equal(mine["momentum_buffer"], theirs["momentum_buffer"])
+    assert killed["logging"]["lrs"] == straight["logging"]["lrs"]
+
+
 def test_the_halo_predictor_says_what_it_did(predicted, planned):
     for key, population in (("halo", "stored"), ("gn", "image")):
         (file,) = predicted[key].glob("halo_prediction*.json")
