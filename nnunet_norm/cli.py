@@ -20,7 +20,8 @@ COMMANDS = {
     "trainers": "list every trainer name of this package",
     "plan": "derive a new plans file from an existing one",
     "predict": "predict without seams, as if every image went through the network in one piece",
-    "export": "write a checkpoint that nnUNetv2_train -pretrained_weights takes, whatever the norm",
+    "recalibrate": "give a trained model the statistics of other images: a new domain, a batch, a single image",
+    "export": "write a model that stock nnU-Net runs without this package, or pretrained weights for a training",
     "demo": "train, predict and compare InstanceNorm and BatchRenorm on a brain template, on the CPU",
 }
 """Every command and its line in ``nnunet-norm -h``."""

@@ -13,6 +13,7 @@ import pytest
 from nnunetv2.inference import predict_from_raw_data
 
 from nnunet_norm import cli
+from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.settings import BLOCK, NormSettings
 from nnunet_norm.trainers import nnunet_norm_trainers
 
@@ -23,6 +24,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 CODE_LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 CALLS = [call.strip() for line in CODE_LINES for call in re.findall(r"(?<![\w-])nnunet-norm ([^)&|;#]*)", line)]
+JSON = re.findall(r"^```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 VERBS = sorted(set(re.findall(r"(?<![\w-])nnunet-norm ([a-z][a-z-]*)", README)))
 TRAINERS = sorted(set(re.findall(r"\bnnUNetTrainer[A-Z_]\w*", README)))
 
@@ -118,10 +120,16 @@ def test_trainer_names_resolve(name: str) -> None:
 
 def test_settings_block_is_valid_and_complete() -> None:
     """Enforces that the README's plans block is read without a refusal and shows every setting that there is."""
-    (block,) = re.findall(r"^```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    block, _ = JSON
     configuration = json.loads(f"{{{block}}}")
     settings = NormSettings.from_configuration(configuration)
-    assert configuration[BLOCK] == dataclasses.asdict(settings)
+    assert configuration[BLOCK] == json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def test_experimental_batches_are_valid() -> None:
+    """Enforces that the README's file of experimental batches is read without a refusal."""
+    _, file = JSON
+    assert ExperimentalBatches.from_json(json.loads(file)).names == ("plate_1", "plate_2")
 
 
 def test_programs_of_nnunet_exist() -> None:

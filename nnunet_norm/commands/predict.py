@@ -8,24 +8,18 @@ Takes the flags of nnUNetv2_predict; -m names a model folder in place of -d, -tr
 from __future__ import annotations
 
 import argparse
-import os
-from typing import TYPE_CHECKING
 
+from nnunet_norm.commands.machine import DEVICES, default_processes, device_named
 from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.model import add_model_arguments, fold, model_folder
 from nnunet_norm.commands.sizes import parse_size
 from nnunet_norm.errors import SetupError, TilingError
-
-if TYPE_CHECKING:
-    import torch
 
 CITATION = (
     "Please cite when using nnU-Net: Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. (2021). "
     "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. Nature methods, 18(2), "
     "203-211."
 )
-
-DEVICES = ("cuda", "cpu", "mps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--population",
-        choices=("stored", "image", "tile"),
-        help="whose statistics normalize: stored ones (default where the network has them); for InstanceNorm and GroupNorm "
-        "those of the whole image (default) or of each tile, as nnU-Net does",
+        choices=("stored", "image", "tile", "batch"),
+        help="whose statistics normalize: stored ones of the training (default where the network has them); those of the "
+        "whole image (default for InstanceNorm and GroupNorm) or of each tile, as nnU-Net does with InstanceNorm; batch: "
+        "those of all images of -i, or of each experimental batch, estimated first (nnunet-norm recalibrate keeps them)",
+    )
+    parser.add_argument(
+        "--batches",
+        metavar="FILE",
+        help="for --population batch: JSON with the experimental batch of every case, as in experimental_batches.json",
+    )
+    parser.add_argument(
+        "--controls", action="store_true", help="estimate on the controls of each experimental batch alone"
     )
     parser.add_argument(
         "--scratch", metavar="DIR", help="where stages keep their maps, as memory-mapped files (default: in memory)"
@@ -71,13 +74,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory that the process may come to with stages, for example 6G (default: most of what is available); files of "
         "--scratch come on top",
     )
+    parser.add_argument(
+        "--no_folding",
+        action="store_true",
+        help="do not fold norms with stored statistics into the convolutions before them (slower, the same but for rounding)",
+    )
     parser.add_argument("-step_size", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
     parser.add_argument("--save_probabilities", action="store_true", help="also write what nnUNetv2_ensemble needs")
     parser.add_argument("--continue_prediction", action="store_true", help="leave out the cases that are there already")
     parser.add_argument("-prev_stage_predictions", metavar="FOLDER", help="the previous stage's predictions (cascade)")
-    parser.add_argument("-npp", type=int, default=_default("nnUNet_npp"), help="processes for preprocessing; 0: none")
-    parser.add_argument("-nps", type=int, default=_default("nnUNet_nps"), help="processes for export; 0: none")
+    parser.add_argument(
+        "-npp", type=int, default=default_processes("nnUNet_npp"), help="processes for preprocessing; 0: none"
+    )
+    parser.add_argument("-nps", type=int, default=default_processes("nnUNet_nps"), help="processes for export; 0: none")
     parser.add_argument("-num_parts", type=int, default=1, help="into how many calls the cases are divided")
     parser.add_argument("-part_id", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("-device", default="cuda", choices=DEVICES, help="default: cuda; see CUDA_VISIBLE_DEVICES")
@@ -98,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     predictor = HaloPredictor(
         use_mirroring=not args.disable_tta,
         perform_everything_on_device=not args.not_on_device,
-        device=_device(args.device),
+        device=device_named(args.device),
         verbose=args.verbose,
         verbose_preprocessing=args.verbose,
         allow_tqdm=not args.disable_progress_bar,
@@ -106,8 +116,11 @@ def run(args: argparse.Namespace) -> None:
         halo=halo,
         execution=args.execution,
         population=args.population,
+        batches=args.batches,
+        controls=args.controls,
         scratch=args.scratch,
         max_memory=max_memory,
+        fold_norms=not args.no_folding,
     )
     with messages_shown():
         predictor.initialize_from_trained_model_folder(folder, args.f, args.chk)
@@ -142,24 +155,3 @@ def _halo(words: list[str]) -> str | list[int]:
     if len(words) > 1:
         raise TilingError(f"--halo {' '.join(words)} is neither a word nor numbers: give auto, exact, erf, or voxels")
     return words[0]
-
-
-def _device(name: str) -> torch.device:
-    """The device, and threads as nnUNetv2_predict sets them."""
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[name]:
-        raise SetupError(f"-device {name} is not available on this machine: use -device cpu, or see why torch lacks it")
-    if name == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
-    elif name == "cuda":
-        torch.set_num_threads(1)
-        torch.set_num_interop_threads(1)
-    return torch.device(name)
-
-
-def _default(variable: str) -> int:
-    """nnU-Net's default number of processes: 3 unless the variable has another."""
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdecimal() else 3

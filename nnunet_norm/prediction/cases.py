@@ -28,7 +28,7 @@ from nnunet_norm.errors import InputImageError, TilingError
 from nnunet_norm.prediction import checks
 from nnunet_norm.prediction.export import export_prediction_atomically
 from nnunet_norm.prediction.model_folder import check_model_folder, model_errors, trainers_on_search_path
-from nnunet_norm.prediction.workers import PreprocessedCases, Preprocessing, Workers
+from nnunet_norm.prediction.workers import PreprocessedCases, PreprocessedGroups, Preprocessing, Workers
 from nnunet_norm.receptive_field.trace import unwrapped
 from nnunet_norm.writing import write_json
 
@@ -113,11 +113,13 @@ class CasePredictor(nnUNetPredictor):
         )
         if not inputs:
             return []
-        iterator = self._internal_get_data_iterator_from_lists_of_filenames(
-            inputs, previous, outputs, num_processes_preprocessing
-        )
-        with self._recording(output, f"_part_{part_id}" if num_parts > 1 else "", overwrite=overwrite):
-            return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export)
+        part = f"_part_{part_id}" if num_parts > 1 else ""
+        with self._statistics_settled(cases, inputs, folder_with_segs_from_prev_stage, num_processes_preprocessing):
+            iterator = self._internal_get_data_iterator_from_lists_of_filenames(
+                inputs, previous, outputs, num_processes_preprocessing
+            )
+            with self._recording(output, part, overwrite=overwrite):
+                return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export)
 
     def predict_from_files_sequential(
         self,
@@ -170,13 +172,13 @@ class CasePredictor(nnUNetPredictor):
             results = [workers.result(f) for f in tqdm(futures, desc="writing", disable=not self.allow_tqdm)]
         if isinstance(data_iterator, MultiThreadedAugmenter):
             data_iterator._finish()
-        if isinstance(data_iterator, PreprocessedCases):
+        if isinstance(data_iterator, PreprocessedCases | PreprocessedGroups):
             failures += data_iterator.failures
         empty_cache(self.device)
         if failures:
             count = f"{len(failures)} case{'s' * (len(failures) != 1)}"
             raise InputImageError(f"{count} not predicted (the others are): {'; '.join(failures)}")
-        return results
+        return data_iterator.in_order(results) if isinstance(data_iterator, PreprocessedGroups) else results
 
     def _export(self, workers: Workers, logits: torch.Tensor, item: dict[str, Any], probabilities: bool) -> Future[Any]:
         """Resample, and write or return. As numpy: tensors share memory between processes, which runs out."""
@@ -198,6 +200,17 @@ class CasePredictor(nnUNetPredictor):
         seg_from_prev_stage_files: list[str | None] | None,
         output_filenames_truncated: list[str] | None,
         num_processes: int,
+    ) -> PreprocessedCases | PreprocessedGroups:
+        return self._preprocessed(
+            input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
+        )
+
+    def _preprocessed(
+        self,
+        input_list_of_lists: list[list[str]],
+        seg_from_prev_stage_files: list[str | None] | None,
+        output_filenames_truncated: list[str] | None,
+        num_processes: int,
     ) -> PreprocessedCases:
         nothing: list[None] = [None] * len(input_list_of_lists)
         cases = zip(
@@ -206,10 +219,26 @@ class CasePredictor(nnUNetPredictor):
             output_filenames_truncated or nothing,
             strict=True,
         )
-        preprocessing = Preprocessing(
+        return PreprocessedCases(self.preprocessing, list(cases), num_processes)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What every case goes through before the network."""
+        return Preprocessing(
             self.plans_manager, self.configuration_manager, self.dataset_json, self.verbose_preprocessing
         )
-        return PreprocessedCases(preprocessing, list(cases), num_processes)
+
+    @contextmanager
+    def _statistics_settled(
+        self,
+        cases: list[list[str]],
+        inputs: list[list[str]],
+        previous_stage_folder: str | None,
+        num_processes: int,
+    ) -> Iterator[None]:
+        """Inside, there are the statistics that normalize ``inputs``, some of ``cases``: here those of the model."""
+        del cases, inputs, previous_stage_folder, num_processes
+        yield
 
     def _check(self, cases: list[list[str]], previous_stage_folder: str | None) -> None:
         ending = self.dataset_json["file_ending"]

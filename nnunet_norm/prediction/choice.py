@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from nnunet_norm.stages.schedule import BLOCK_BYTES
 from nnunet_norm.tiling import padded_shape
 
 EXECUTIONS = ("auto", "stages", "tiles")
-POPULATIONS = ("stored", "image", "tile")
+POPULATIONS = ("stored", "image", "tile", "batch")
 
 SMALLEST_BLOCK_BYTES = 2**20
 """The widest map of a block is not made smaller than this to fit into memory: halos would cost more than the network."""
@@ -59,7 +59,10 @@ class Wishes:
 
 
 def population_of(wishes: Wishes, field: ReceptiveField) -> str:
-    """Whose statistics are used: ``stored``, ``image`` or ``tile``.
+    """Whose statistics are used: ``stored``, ``image``, ``tile`` or ``batch``.
+
+    A network whose stored statistics are not to be used has lost them (``populations.network_for``); one that is to have
+    those of a batch has places for them.
 
     Raises:
         TilingError: statistics that the network does not have, or that the execution asked for cannot use.
@@ -73,7 +76,7 @@ def population_of(wishes: Wishes, field: ReceptiveField) -> str:
         chosen = "--execution tiles was chosen" if wishes.execution == "tiles" else "--tile-size or --halo was given"
         raise TilingError(
             f"tiles cannot use the whole image's statistics, and {chosen}: leave that out, or choose --population tile, as "
-            "nnU-Net does"
+            "nnU-Net does with InstanceNorm"
         )
     for_tiles = wishes.execution == "tiles" or wishes.tiles_are_given or population == "tile"
     if for_tiles and _limits(wishes):
@@ -82,22 +85,26 @@ def population_of(wishes: Wishes, field: ReceptiveField) -> str:
 
 
 def _limits(wishes: Wishes) -> str:
-    """The options that only stages honour."""
+    """The options that only stages honour; estimating the statistics of a batch honours them, too."""
+    if wishes.population == "batch":
+        return ""
     return "--max-memory" if wishes.max_memory is not None else "--scratch" if wishes.scratch is not None else ""
 
 
 def _population(wishes: Wishes, field: ReceptiveField) -> str:
+    if wishes.population == "batch":
+        return "batch"
     if not field.tile_statistics:
         if wishes.population not in (None, "stored"):
             raise TilingError(
-                f"population {wishes.population!r} is for InstanceNorm and GroupNorm: every norm of this network has stored "
-                "statistics, or it has none: leave --population out"
+                f"population {wishes.population!r} is of no use: this network has no norm that takes statistics; leave "
+                "--population out"
             )
         return "stored"
     if wishes.population == "stored":
         raise TilingError(
             f"population 'stored' does not exist for this network: {field.tile_statistics[0]} has no stored statistics; "
-            "choose --population image or tile"
+            "choose --population image, tile or batch"
         )
     return wishes.population or "image"
 
@@ -161,7 +168,8 @@ def _refuse_tiles(wishes: Wishes, population: str, reason: str) -> None:
         raise TilingError(f"execution 'stages' is not possible: {reason}; else choose {other}")
     if population == "image":
         raise TilingError(
-            f"the whole image's statistics cannot be had: {reason}; else choose --population tile, as nnU-Net does"
+            f"the whole image's statistics cannot be had: {reason}; else choose --population tile, as nnU-Net does "
+            "with InstanceNorm"
         )
     if _limits(wishes):
         raise TilingError(
@@ -179,6 +187,76 @@ def _why_tiles(wishes: Wishes, graph: Graph | str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way of running images stage by stage that memory and disk hold.
+
+    Attributes:
+        schedules: by the padded shape of an image.
+        place: where scratch lies: "memory", "device", or "disk".
+        scratch_bytes: of all images together.
+        memory_bytes: anonymous memory at the peak, as predicted, on top of what the process has before.
+        first_level: "stored", or "computed again".
+    """
+
+    schedules: Mapping[tuple[int, ...], Schedule]
+    place: str
+    scratch_bytes: int
+    memory_bytes: int
+    first_level: str
+
+
+def first_way(
+    wishes: Wishes,
+    graph: Graph,
+    images: Mapping[tuple[int, ...], int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    on_device: bool,
+    result_bytes: int = 0,
+) -> Way | str:
+    """The first way of running images that memory and disk hold, or what is missing.
+
+    Args:
+        wishes: what the user asked for.
+        graph: the network.
+        images: by padded shape, how many images have their maps in scratch at a time.
+        device: where the network computes.
+        dtype: of its weights.
+        on_device: scratch may lie on the device.
+        result_bytes: of the result, beside scratch; 0 if there is none.
+    """
+    itemsize = torch.float16.itemsize if device.type == "cuda" and dtype == torch.float32 else dtype.itemsize
+    limit = wishes.max_memory or default_max_memory()
+    shortage: str | None = None
+    for first_level, block_bytes in itertools.product(("stored", "computed again"), _block_sizes(device)):
+        schedules = {
+            padded: make_schedule(
+                graph,
+                padded,
+                itemsize=itemsize,
+                store_first_level=first_level == "stored",
+                block_bytes=block_bytes,
+            )
+            for padded in images
+        }
+        scratch = sum(count * schedules[padded].scratch_bytes for padded, count in images.items())
+        stores = sum(images.values()) > 1 or not all(schedule.is_one_pass for schedule in schedules.values())
+        for place in _places(wishes, device, scratch, stores=stores, on_device=on_device):
+            on_cuda = device.type == "cuda"  # then only what is on its way is in the computer's memory
+            blocks = BLOCKS_AT_A_TIME if place == "disk" else 1
+            of_block = max(schedule.block_bytes for schedule in schedules.values())
+            memory = PINNED_MAPS * block_bytes if on_cuda else of_block * blocks
+            memory += (scratch if place == "memory" else 0) + (result_bytes if place != "disk" else 0)
+            memory = int(memory * ALLOCATOR_SHARE) + ALLOCATOR_BYTES
+            shortage = _shortage(wishes, place, memory, limit, scratch + result_bytes)
+            if shortage is None:
+                return Way(schedules, place, scratch, memory, first_level)
+    assert shortage is not None
+    return shortage  # of the last way, which takes the least
+
+
 def _fitting(
     wishes: Wishes,
     population: str,
@@ -191,46 +269,28 @@ def _fitting(
     *,
     on_device: bool,
 ) -> StagesPlan | str:
-    """The first way of running it that memory and disk hold, or what is missing."""
+    """The plan that memory and disk hold, or what is missing."""
     padded = padded_shape(image_shape, graph.stride)
-    itemsize = torch.float16.itemsize if device.type == "cuda" and dtype == torch.float32 else dtype.itemsize
     voxels = slices * torch.Size(image_shape).numel()
     result_bytes = graph.nodes[-1].channels * voxels * max(dtype.itemsize, torch.float32.itemsize)
-    limit = wishes.max_memory or default_max_memory()
-    shortage: str | None = None
-    for first_level, block_bytes in itertools.product(("stored", "computed again"), _block_sizes(device)):
-        schedule = make_schedule(
-            graph,
-            padded,
-            itemsize=itemsize,
-            store_first_level=first_level == "stored",
-            block_bytes=block_bytes,
-        )
-        for place in _places(wishes, device, schedule, on_device=on_device):
-            on_cuda = device.type == "cuda"  # then only what is on its way is in the computer's memory
-            blocks = BLOCKS_AT_A_TIME if place == "disk" else 1
-            memory = PINNED_MAPS * block_bytes if on_cuda else schedule.block_bytes * blocks
-            memory += (schedule.scratch_bytes if place == "memory" else 0) + (result_bytes if place != "disk" else 0)
-            memory = int(memory * ALLOCATOR_SHARE) + ALLOCATOR_BYTES
-            shortage = _shortage(wishes, place, memory, limit, schedule.scratch_bytes + result_bytes)
-            if shortage is None:
-                return StagesPlan(
-                    schedule=schedule,
-                    image_shape=tuple(image_shape),
-                    slices=slices,
-                    mirror_axes=tuple(mirror_axes),
-                    population=population,
-                    device=device,
-                    dtype=dtype,
-                    place=place,
-                    scratch_folder=wishes.scratch,
-                    result_bytes=result_bytes,
-                    memory_bytes=memory,
-                    first_level=first_level,
-                    reason="the halo is that of every stage" if population == "stored" else "norms see the whole image",
-                )
-    assert shortage is not None
-    return shortage  # of the last way, which takes the least
+    way = first_way(wishes, graph, {padded: 1}, device, dtype, on_device=on_device, result_bytes=result_bytes)
+    if isinstance(way, str):
+        return way
+    return StagesPlan(
+        schedule=way.schedules[padded],
+        image_shape=tuple(image_shape),
+        slices=slices,
+        mirror_axes=tuple(mirror_axes),
+        population=population,
+        device=device,
+        dtype=dtype,
+        place=way.place,
+        scratch_folder=wishes.scratch,
+        result_bytes=result_bytes,
+        memory_bytes=way.memory_bytes,
+        first_level=way.first_level,
+        reason="norms see the whole image" if population == "image" else "the halo is that of every stage",
+    )
 
 
 def _block_sizes(device: torch.device) -> list[int]:
@@ -244,10 +304,10 @@ def _block_sizes(device: torch.device) -> list[int]:
     return sizes
 
 
-def _places(wishes: Wishes, device: torch.device, schedule: Schedule, *, on_device: bool) -> list[str]:
-    """Where scratch may lie, best first."""
-    fits = device.type == "cuda" and on_device and schedule.scratch_bytes <= MOST_OF_IT * free_on(device) / 2
-    on_disk = wishes.scratch is not None and not schedule.is_one_pass  # which stores nothing
+def _places(wishes: Wishes, device: torch.device, scratch_bytes: int, *, stores: bool, on_device: bool) -> list[str]:
+    """Where scratch may lie, best first; one pass stores nothing."""
+    fits = device.type == "cuda" and on_device and scratch_bytes <= MOST_OF_IT * free_on(device) / 2
+    on_disk = wishes.scratch is not None and stores
     return (["device"] if fits else []) + (["disk"] if on_disk else ["memory"])
 
 

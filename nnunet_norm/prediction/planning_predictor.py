@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
-from nnunet_norm.prediction.cases import CasePredictor
+from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.prediction.choice import (
     EXECUTIONS,
-    POPULATIONS,
     Wishes,
     population_of,
     stages_or_reason,
     why_never_stages,
 )
 from nnunet_norm.prediction.execution import TilesPlan
+from nnunet_norm.prediction.folding import fold_model
 from nnunet_norm.prediction.halo import HALO_WORDS, decide, planned_shape, tile_shape
 from nnunet_norm.prediction.measured_halo import MeasuredHalo
+from nnunet_norm.prediction.population_predictor import PopulationPredictor
 from nnunet_norm.prediction.stages_plan import StagesPlan
 from nnunet_norm.receptive_field import ReceptiveField, trace
 from nnunet_norm.stages import Graph, read_verified, scratch_folder
@@ -30,7 +32,7 @@ from nnunet_norm.stages import Graph, read_verified, scratch_folder
 logger = logging.getLogger(__name__)
 
 
-class PlanningPredictor(CasePredictor):
+class PlanningPredictor(PopulationPredictor):
     """Knows the network's reach and operators, and makes plans for images; the arguments are those of ``HaloPredictor``."""
 
     def __init__(
@@ -48,8 +50,11 @@ class PlanningPredictor(CasePredictor):
         halo: str | int | Sequence[int] = "auto",
         execution: str = "auto",
         population: str | None = None,
+        batches: ExperimentalBatches | str | os.PathLike[str] | None = None,
+        controls: bool = False,
         scratch: str | Path | None = None,
         max_memory: int | None = None,
+        fold_norms: bool = True,
     ) -> None:
         super().__init__(
             tile_step_size,
@@ -65,22 +70,39 @@ class PlanningPredictor(CasePredictor):
             raise TilingError(f"halo {halo!r} is unknown: choose {', '.join(HALO_WORDS)} or a number of voxels")
         if execution not in EXECUTIONS:
             raise TilingError(f"execution {execution!r} is unknown: choose {', '.join(EXECUTIONS)}")
-        if population is not None and population not in POPULATIONS:
-            raise TilingError(f"population {population!r} is unknown: choose {', '.join(POPULATIONS)}")
         if max_memory is not None and max_memory <= 0:
             raise TilingError(f"max_memory {max_memory} must be a positive number of bytes, or None")
         self.tile_size = tile_size
         self.halo = halo
         self.execution = execution
-        self.population = population
+        self._choose_population(population, batches, controls)
         self.scratch = Path(scratch) if scratch is not None else None
         self.max_memory = max_memory
+        self.fold_norms = fold_norms
+        self.folded_norms = 0
         self.last_plan: StagesPlan | TilesPlan | None = None
         self.network_dtype: torch.dtype | None = None
         self._graphs: WeakKeyDictionary[nn.Module, Graph | str] = WeakKeyDictionary()
         self._fields: WeakKeyDictionary[nn.Module, ReceptiveField] = WeakKeyDictionary()
         self._measured = MeasuredHalo(self._say)
         self._said: set[str] = set()
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """See ``CasePredictor``; norms with stored statistics are then folded into the convolutions before them.
+
+        Those of a batch are folded when it has its statistics.
+        """
+        super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+        self.folded_norms = self._fold() if self.fold_norms and self.population != "batch" else 0
+
+    def _fold(self) -> int:
+        """Fold the network, and the weights of every fold of the model; how many norms."""
+        return len(fold_model(self.bare_network, self.list_of_parameters))
 
     @property
     def field(self) -> ReceptiveField:
@@ -172,6 +194,7 @@ class PlanningPredictor(CasePredictor):
         Raises:
             TilingError: see ``plan``.
         """
+        self._require_settled()
         wishes = self._wishes
         shape, slices = self._axes(image)
         population = population_of(wishes, self.field)

@@ -54,16 +54,28 @@ class HaloPredictor(PlanningPredictor):
             refuses; "erf" the effective one; or voxels, one number for all axes or one per axis.
         execution: "stages", "tiles", or "auto": stages where the network and the scratch allow it, unless tile size or halo
             are given.
-        population: whose statistics normalize: "stored" ones, which a network has or has not; for InstanceNorm and GroupNorm
-            those of the whole "image" (the default; needs stages) or of each "tile", as in nnU-Net.
+        population: whose statistics normalize. "stored": those of the training, the default of a network that has them.
+            "image": those of the whole image, the default for InstanceNorm and GroupNorm; needs stages. "tile": those of
+            each tile, as in nnU-Net with InstanceNorm. A network that has stored ones does without them then. "batch": those
+            of all cases that ``predict_from_files`` is given, or of each experimental batch among them, estimated first,
+            exactly, and then used as stored ones; also for InstanceNorm, whose affine parameters are kept. Neither parts
+            (``num_parts``) nor cases that are predicted already change who belongs to a population.
+        batches: for population "batch", which case belongs to which experimental batch: an ``ExperimentalBatches`` or its
+            JSON file. A model with statistics per domain (``domain_statistics``) is used with its own of an experimental
+            batch that every fold was trained on.
+        controls: estimate on the controls of each experimental batch alone.
         scratch: folder for the scratch of stages, as memory-mapped files; None keeps it in memory.
         max_memory: bytes of anonymous memory that the process may come to with stages; None: most of what is available.
+        fold_norms: fold norms with stored statistics into the convolutions before them where a model is loaded from its
+            folder: faster, and the same but for rounding. ``folded_norms`` tells how many were.
 
     Raises:
-        TilingError: an argument of a wrong kind.
+        TilingError: an argument of a wrong kind, or arguments that do not go together.
+        ExperimentalBatchesError: the file of experimental batches cannot be read.
 
     References:
-        Wu and Johnson 2021, arXiv:2105.07576 (which statistics normalize at test time);
+        Wu and Johnson 2021, arXiv:2105.07576 (which statistics normalize at test time, sections 4.2 and 5);
+        Lin and Lu 2022, doi 10.1101/2022.10.14.512286 (those of an experimental batch, or of its controls);
         Majurski and Bajcsy 2021, doi 10.6028/jres.126.009 (exact tiling); Buglakova et al. 2025, section 3.1.
     """
 
@@ -120,7 +132,10 @@ class HaloPredictor(PlanningPredictor):
 
     def record(self) -> dict[str, Any] | None:
         """See ``CasePredictor.record``."""
-        return self.last_plan.as_dict() if self.last_plan else None
+        if self.last_plan is None:
+            return None
+        folded = {"folded_norms": self.folded_norms} if self.folded_norms else {}
+        return self.last_plan.as_dict() | self.population_record() | folded
 
     def _announced(self, plan: Plan) -> Plan:
         self._say(plan.describe())

@@ -30,7 +30,7 @@ class StagesPlan:
         image_shape: the image without padding; that of a slice for a stack.
         slices: how many slices there are.
         mirror_axes: spatial axes that are mirrored: one run for each of their combinations.
-        population: "stored" or "image", see ``HaloPredictor``.
+        population: "stored", "image" or "batch", see ``HaloPredictor``.
         device: where the network computes.
         dtype: in which precision, apart from autocast.
         place: where scratch lies: "memory", "device", or "disk".

@@ -104,6 +104,30 @@ class PreprocessedCases:
             yield {"data": torch.from_numpy(data), "data_properties": properties, "ofile": output}
 
 
+class PreprocessedGroups:
+    """Groups of cases, one after another, each after something that has to be done before its first case is predicted."""
+
+    def __init__(self, groups: Sequence[tuple[Callable[[], None], Sequence[int], PreprocessedCases]]) -> None:
+        """Nothing starts yet.
+
+        Args:
+            groups: what is called before, the cases' places in the order of the call, and the cases.
+        """
+        self.groups = groups
+        self.failures: list[str] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for prepare, _, cases in self.groups:
+            prepare()
+            yield from cases
+            self.failures += cases.failures
+
+    def in_order(self, results: Sequence[Any]) -> list[Any]:
+        """Results of all cases, put from the order of the groups into that of the call."""
+        places = [place for _, group, _ in self.groups for place in group]
+        return [result for _, result in sorted(zip(places, results, strict=True), key=lambda pair: pair[0])]
+
+
 class Workers:
     """Some processes (spawned, as CUDA needs it) with the same interface as none: then a task runs when submitted.
 

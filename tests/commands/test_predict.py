@@ -17,7 +17,8 @@ NNUNET_FLAGS = {
     *("-npp", "-nps", "-num_parts", "-part_id", "--disable_tta", "--save_probabilities", "--continue_prediction"),
     *("--verbose", "--disable_progress_bar", "--not_on_device"),
 }
-OUR_FLAGS = {"-m", "--tile-size", "--halo", "--execution", "--population", "--scratch", "--max-memory"}
+OUR_FLAGS = {"-m", "--tile-size", "--halo", "--execution", "--population", "--scratch", "--max-memory", "--no_folding"}
+OUR_FLAGS |= {"--batches", "--controls"}
 HERE = ["-npp", "0", "-nps", "0", "-device", "cpu", "--disable_progress_bar"]
 NAME = "Dataset901_Tiny/nnUNetTrainer__nnUNetPlans__3d_fullres"
 
@@ -123,13 +124,14 @@ def test_scratch_lies_in_the_folder_and_is_gone_afterwards(place, monkeypatch):
     assert (segmentation(place / "out" / "a.nii.gz") == on_disk).all()
 
 
-@pytest.mark.parametrize("population", ["image", "tile"])
-def test_population_is_recorded(place, population):
-    """A network with InstanceNorm, whose statistics are chosen by that flag alone."""
-    write_model(place / "instance", norm="torch.nn.InstanceNorm3d")
-    assert predict(place, "-m", str(place / "instance"), "-f", "0", "--population", population) == 0
+@pytest.mark.parametrize("norm", ["InstanceNorm3d", "BatchNorm3d"])
+@pytest.mark.parametrize("population", ["image", "tile", "batch"])
+def test_population_is_recorded(place, population, norm):
+    """Whether a network has statistics of its own or not, those that are used are chosen by that flag alone."""
+    write_model(place / "model", norm=f"torch.nn.{norm}")
+    assert predict(place, "-m", str(place / "model"), "-f", "0", "--population", population) == 0
     record = json.loads((place / "out" / "halo_prediction.json").read_text())
-    plan = {"image": "stages", "tile": "tiles"}[population]
+    plan = {"image": "stages", "tile": "tiles", "batch": "stages"}[population]
     assert (record["a"]["plan"], record["a"]["population"]) == (plan, population)
 
 
@@ -158,8 +160,18 @@ def test_model_folder_stands_for_the_names(place, monkeypatch, capsys):
             "halo 40 leaves no core of a tile of 64 on axis 0",
         ),
         (["-m", "M", "--max-memory", "much"], "--max-memory 'much' is no size: give a number and a unit"),
-        (["-m", "M", "-f", "0", "--population", "image"], "population 'image' is for InstanceNorm and GroupNorm"),
-        (["-m", "M", "-f", "0", "--population", "tile"], "population 'tile' is for InstanceNorm and GroupNorm"),
+        (
+            ["-m", "M", "-f", "0", "--population", "image", "--execution", "tiles"],
+            "tiles cannot use the whole image's statistics, and --execution tiles was chosen",
+        ),
+        (
+            ["-m", "M", "-f", "0", "--batches", "F"],
+            "--batches is for --population batch, and --population was not given: choose that, or leave --batches out",
+        ),
+        (
+            ["-m", "M", "-f", "0", "--population", "batch", "--controls"],
+            "--controls are those of --batches, which is not",
+        ),
         (
             ["-m", "I", "-f", "0", "--population", "stored"],
             "'stored' does not exist for this network: encoder.stages.0",
@@ -203,7 +215,7 @@ def test_wrong_input_gets_one_line(place, capsys, arguments, expected):
     ("arguments", "expected"),
     [
         (["--execution", "blocks"], "argument --execution: invalid choice: 'blocks'"),
-        (["--population", "batch"], "argument --population: invalid choice: 'batch'"),
+        (["--population", "tiles"], "argument --population: invalid choice: 'tiles'"),
         (["--max-memory", "much"], "--max-memory 'much' is no size"),
         (["--halo", "auto", "8"], "--halo auto 8 is neither a word nor numbers"),
     ],

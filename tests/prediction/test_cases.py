@@ -56,7 +56,7 @@ def test_files_are_those_of_nnunet_and_ensembling_takes_them(model, images, tmp_
     assert np.array_equal(segmentation(outputs[0] / "case_1.nii.gz"), np.load(files[0])["probabilities"].argmax(0))
     record = json.loads((outputs[0] / "halo_prediction.json").read_text())
     assert sorted(record) == ["case_0", "case_1", "case_2"]
-    assert record["case_0"] == json.loads(json.dumps(folds[0].last_plan.as_dict()))
+    assert record["case_0"] == json.loads(json.dumps(folds[0].record()))
     assert record["case_0"]["image_shape"] == [20, 22, 24]
 
 
@@ -112,7 +112,7 @@ def test_parts_divide_the_cases_and_keep_records_of_their_own(model, images, tmp
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"population": "image"}, "population 'image' is for InstanceNorm and GroupNorm"),
+        ({"population": "image", "execution": "tiles"}, "tiles cannot use the whole image's statistics"),
         ({"execution": "stages", "halo": 4}, "--tile-size and --halo are for tiles: leave them out"),
     ],
 )

@@ -40,27 +40,28 @@ NETWORKS = {
 
 ADDITION = r"this network cannot be run stage by stage: add.* has no rule for blocks: addition of a constant"
 POOLING = r"this network cannot be run stage by stage: pool \(AdaptiveAvgPool2d: mean\) sees the whole image"
-NO_USE = (
-    r"population '{}' is for InstanceNorm and GroupNorm: every norm of this network has stored statistics, or it has "
-    r"none: leave --population out$"
-)
+NO_USE = r"population '{}' is of no use: this network has no norm that takes statistics; leave --population out$"
 NOT_STORED = (
     r"population 'stored' does not exist for this network: .*norm has no stored statistics; choose --population "
 )
 NO_TILES = r"execution 'stages' has no tiles, so --population tile needs --execution tiles \(or auto\)$"
 NOT_POSSIBLE = r"execution 'stages' is not possible: {}; else choose --execution tiles{}$"
-CHOOSE_TILE = "choose --population tile, as nnU-Net does$"
+CHOOSE_TILE = "choose --population tile, as nnU-Net does with InstanceNorm$"
 NOT_IN_TILES = r"tiles cannot use the whole image's statistics, and {}: leave that out, or " + CHOOSE_TILE
 NOT_HAD = r"the whole image's statistics cannot be had: {}; else " + CHOOSE_TILE
 
 
-def of_stored(reason):
-    """What comes of a network without norms of its own image; with a reason if it cannot be run stage by stage."""
+def of_stored(reason, *, has_norms=True):
+    """What comes of a network without norms of its own image; with a reason if it cannot be run stage by stage.
+
+    Where other statistics are asked for, it is as if it had none stored.
+    """
     stages = ("tiles", "stored") if reason else ("stages", "stored")
     asked = NOT_POSSIBLE.format(reason, "") if reason else stages
     default = {"auto": stages, "stages": asked, "tiles": ("tiles", "stored")}
-    no_use = {word: dict.fromkeys(default, NO_USE.format(word)) for word in ("image", "tile")}
-    return {None: default, "stored": default, **no_use}
+    others = {word: of_image(reason)[word] for word in ("image", "tile")}
+    no_use = {word: dict.fromkeys(default, NO_USE.format(word)) for word in others}
+    return {None: default, "stored": default, **(others if has_norms else no_use)}
 
 
 def of_image(reason):
@@ -72,12 +73,13 @@ def of_image(reason):
         "tiles": NOT_IN_TILES.format("--execution tiles was chosen"),
     }
     tile = {"auto": ("tiles", "tile"), "stages": NO_TILES, "tiles": ("tiles", "tile")}
-    not_stored = dict.fromkeys(default, NOT_STORED + "image or tile$")
+    not_stored = dict.fromkeys(default, NOT_STORED + "image, tile or batch$")
     return {None: default, "image": default, "stored": not_stored, "tile": tile}
 
 
 OUTCOMES = {
-    **{name: of_stored(None) for name in ("stored", "BatchRenorm", "tracked", "no norm")},
+    **{name: of_stored(None) for name in ("stored", "BatchRenorm", "tracked")},
+    "no norm": of_stored(None, has_norms=False),
     **{name: of_image(None) for name in ("InstanceNorm", "GroupNorm")},
     "unknown, stored": of_stored(ADDITION),
     "unknown, InstanceNorm": of_image(ADDITION),
@@ -96,7 +98,8 @@ EVERY_COMBINATION = [
 def test_every_network_kind_and_word_is_in_the_table():
     """The table below misses no combination."""
     assert set(OUTCOMES) == set(NETWORKS)
-    assert {frozenset(table) for table in OUTCOMES.values()} == {frozenset({None, *choice.POPULATIONS})}
+    single = set(choice.POPULATIONS) - {"batch"}  # which is not that of an image: tests/prediction/test_populations.py
+    assert {frozenset(table) for table in OUTCOMES.values()} == {frozenset({None, *single})}
     assert {frozenset(row) for table in OUTCOMES.values() for row in table.values()} == {frozenset(choice.EXECUTIONS)}
 
 
@@ -251,7 +254,10 @@ def test_with_too_little_memory_the_image_s_statistics_are_refused():
     assert refused
     assert found[-len(refused) :] == refused
     assert all(line.startswith("the whole image's statistics cannot be had: it takes ") for line in refused)
-    assert all(re.search("with [0-9.]+ .iB; else choose --population tile, as nnU-Net does$", line) for line in refused)
+    assert all(
+        re.search("with [0-9.]+ .iB; else choose --population tile, as nnU-Net does with InstanceNorm$", line)
+        for line in refused
+    )
     asked = plans_under_limits("stored", execution="stages")
     assert asked[-1].startswith("execution 'stages' is not possible: it takes ")
     assert re.search("give --scratch a folder with [0-9.]+ .iB; else choose --execution tiles$", asked[-1])

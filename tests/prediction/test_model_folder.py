@@ -10,7 +10,7 @@ from nnunet_norm.prediction.model_folder import SEARCH_PATH, trainers_on_search_
 
 
 def load(folder, folds=(0,), checkpoint="checkpoint_final.pth"):
-    made = HaloPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    made = HaloPredictor(device=torch.device("cpu"), allow_tqdm=False, fold_norms=False)
     made.initialize_from_trained_model_folder(str(folder), folds, checkpoint)
     return made
 

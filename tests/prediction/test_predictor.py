@@ -307,7 +307,7 @@ def test_values_that_are_not_finite_are_refused(execution):
     [
         ({"halo": "large"}, "halo 'large' is unknown: choose auto, exact, erf or a number of voxels$"),
         ({"execution": "blocks"}, "execution 'blocks' is unknown: choose auto, stages, tiles$"),
-        ({"population": "batch"}, "population 'batch' is unknown: choose stored, image, tile$"),
+        ({"population": "plate"}, "population 'plate' is unknown: choose stored, image, tile, batch$"),
     ],
 )
 def test_an_unknown_word_is_refused(option, choices):
@@ -326,6 +326,9 @@ def test_constructor_is_nnunets():
         ("halo", "KEYWORD_ONLY"),
         ("execution", "KEYWORD_ONLY"),
         ("population", "KEYWORD_ONLY"),
+        ("batches", "KEYWORD_ONLY"),
+        ("controls", "KEYWORD_ONLY"),
         ("scratch", "KEYWORD_ONLY"),
         ("max_memory", "KEYWORD_ONLY"),
+        ("fold_norms", "KEYWORD_ONLY"),
     ]

@@ -1,0 +1,98 @@
+"""Statistics of other images, from a training to an ensemble: nnU-Net's own programs take every recalibrated model."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.integration
+
+DATASET = "Dataset904_Recalibrated"
+BRN, INSTANCE = "nnUNetTrainerBRN_1epochs", "nnUNetTrainerInstanceNorm_1epochs"
+NUM_TRAINING, NUM_TEST = 5, 3
+HERE = ("-device", "cpu", "-npp", 0)
+
+
+@pytest.fixture(scope="module")
+def images(workspace, real_images):
+    """Small plans, a training with either norm, and test images of two experimental batches."""
+    source = real_images("hippocampus_msd04")
+    names = sorted(path.name for path in (source / "images").glob("*.nii.gz"))[: NUM_TRAINING + NUM_TEST]
+    cases = [(name.removesuffix(".nii.gz"), source / "images" / name, source / "labels" / name) for name in names]
+    labels = {"background": 0, "Anterior": 1, "Posterior": 2}
+    folder = workspace.add_dataset(
+        DATASET, {"0": "MRI"}, labels, ".nii.gz", cases[:NUM_TRAINING], [case[:2] for case in cases[NUM_TRAINING:]]
+    )
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 904, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    workspace.run(
+        *("nnunet-norm", "plan", "-d", 904, "-c", "3d_fullres", "--plans-name", "small", "--num-stages", 3),
+        *(
+            "--base-features",
+            4,
+            "--patch-size",
+            32,
+            32,
+            32,
+            "--iterations-per-epoch",
+            4,
+            "--val-iterations-per-epoch",
+            1,
+        ),
+    )
+    for trainer in (BRN, INSTANCE):
+        workspace.train(904, "3d_fullres", 0, trainer, "small")
+    test = [case[0] for case in cases[NUM_TRAINING:]]
+    content = {"batches": dict(zip(test, ("one", "two", "one"), strict=True)), "controls": [test[0], test[1]]}
+    (workspace.root / "batches.json").write_text(json.dumps(content))
+    return folder / "imagesTs"
+
+
+def probabilities(folder):
+    return {path.stem: np.load(path)["probabilities"] for path in sorted(folder.glob("*.npz"))}
+
+
+@pytest.mark.parametrize("trainer", [BRN, INSTANCE])
+def test_nnunet_runs_and_ensembles_recalibrated_models(workspace, images, trainer, tmp_path):
+    """By name and by folder; InstanceNorm as a model of nnU-Net's own; predicted on the fly the same, to the last bit."""
+    model = ("-d", 904, "-c", "3d_fullres", "-p", "small", "-tr", trainer)
+    said = workspace.run("nnunet-norm", "recalibrate", *model, "-i", images, *HERE).stdout
+    assert "all norms in one pass over 3 images or slices" in said
+    name = "nnUNetTrainer" if trainer == INSTANCE else trainer
+    new = workspace.model(DATASET, name, "small_recalibrated", "3d_fullres")
+    assert json.loads((new / "nnunet_norm.json").read_text())["num_images"] == NUM_TEST
+    by_name = ("-d", 904, "-c", "3d_fullres", "-p", "small_recalibrated", "-tr", name)
+    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu")
+    one = ("-npp", 1, "-nps", 1)
+    workspace.run("nnUNetv2_predict", *by_name, *common, *one, "-o", tmp_path / "by_name")
+    workspace.run("nnUNetv2_predict_from_modelfolder", "-m", new, *common, *one, "-o", tmp_path / "by_folder")
+    common = (*common, "-npp", 0, "-nps", 0)
+    workspace.run("nnunet-norm", "predict", *by_name, *common, "-o", tmp_path / "halo")
+    workspace.run("nnunet-norm", "predict", *model, *common, "--population", "batch", "-o", tmp_path / "on_the_fly")
+    found = {place: probabilities(tmp_path / place) for place in ("by_name", "by_folder", "halo", "on_the_fly")}
+    for case in found["halo"]:
+        assert np.array_equal(found["by_name"][case], found["by_folder"][case])
+        assert np.array_equal(found["halo"][case], found["on_the_fly"][case])
+        assert np.abs(found["halo"][case] - found["by_name"][case]).mean() < 0.05
+    record = json.loads((tmp_path / "on_the_fly" / "halo_prediction.json").read_text())
+    assert {how["population_of"] for how in record.values()} == {"folder, 3 images"}
+    workspace.run(
+        "nnUNetv2_ensemble", "-i", tmp_path / "halo", tmp_path / "by_name", "-o", tmp_path / "ensemble", "-np", 1
+    )
+    assert len(list((tmp_path / "ensemble").glob("*.nii.gz"))) == NUM_TEST
+
+
+def test_every_experimental_batch_on_the_fly_as_by_its_own_model(workspace, images, tmp_path):
+    """Statistics of the controls; the second batch's case is predicted with its model as with the batch's statistics."""
+    model = ("-d", 904, "-c", "3d_fullres", "-p", "small", "-tr", BRN)
+    batches = ("--batches", workspace.root / "batches.json", "--controls")
+    workspace.run("nnunet-norm", "recalibrate", *model, "-i", images, *batches, *HERE)
+    names = [workspace.model(DATASET, BRN, f"small_recalibrated_{batch}", "3d_fullres") for batch in ("one", "two")]
+    assert [json.loads((name / "nnunet_norm.json").read_text())["num_images"] for name in names] == [1, 1]
+    common = ("-i", images, "-f", 0, "--save_probabilities", "-nps", 0, *HERE)
+    workspace.run(
+        "nnunet-norm", "predict", *model, *common, "--population", "batch", *batches, "-o", tmp_path / "on_the_fly"
+    )
+    workspace.run("nnunet-norm", "predict", "-m", names[1], *common, "-o", tmp_path / "two")
+    record = json.loads((tmp_path / "on_the_fly" / "halo_prediction.json").read_text())
+    (case,) = [name for name, how in record.items() if how["population_of"] == "experimental batch 'two', 1 control"]
+    assert np.array_equal(probabilities(tmp_path / "on_the_fly")[case], probabilities(tmp_path / "two")[case])
