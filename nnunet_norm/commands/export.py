@@ -22,7 +22,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_norm.commands.model import add_model_arguments, fold, model_folder
+from nnunet_norm.commands.model import add_model_arguments, fold, how_to_predict, model_folder
 from nnunet_norm.errors import SetupError
 
 if TYPE_CHECKING:
@@ -55,21 +55,22 @@ def run(args: argparse.Namespace) -> None:
         _export_pretrained(args)
         return
     folder = model_folder(args)
-    from nnunet_norm.prediction.stock_model import stock_export  # nnU-Net takes seconds to import
+    from nnunet_norm.prediction.stock_model import TRAINER, stock_export  # nnU-Net takes seconds to import
 
     export = stock_export(folder, args.f, args.chk, args.plans_name)
     target = args.o if args.o is not None else _folder_in_results(args, folder, export)
     export.write(target)
-    folds = " ".join(map(str, export.folds))
-    checkpoint = "" if args.chk == "checkpoint_final.pth" else f" -chk {args.chk}"
-    if args.o is not None:
-        use = f"nnUNetv2_predict_from_modelfolder -m {target}"
-    else:
-        dataset = Path(target).parent.name
-        use = f"nnUNetv2_predict -d {dataset} -c {export.configuration} -p {export.plans_name}"
-    print(
-        f"{target}: {folder} for stock nnU-Net, folds {folds}; predict with {use} -f {folds}{checkpoint} -i IN -o OUT"
+    use = how_to_predict(
+        target,
+        by_folder=args.o is not None,
+        configuration=export.configuration,
+        trainer=TRAINER,
+        plans=export.plans_name,
+        folds=export.folds,
+        checkpoint=args.chk,
     )
+    folds = ", ".join(map(str, export.folds))
+    print(f"{target}: {folder} for stock nnU-Net, folds {folds}; predict with {use}")
 
 
 def _folder_in_results(args: argparse.Namespace, folder: str, export: StockExport) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from nnunet_norm.errors import ModelFolderError, SetupError
 
@@ -51,3 +53,33 @@ def model_folder(args: argparse.Namespace) -> str:
                 f"-d {args.d} should be one dataset in nnUNet_results, _raw and _preprocessed; found {found}"
             )
     return get_output_folder(args.d, args.tr, args.p, args.c)
+
+
+def how_to_predict(
+    folder: str | Path,
+    *,
+    by_folder: bool,
+    configuration: str,
+    trainer: str,
+    plans: str,
+    folds: Sequence[int | str],
+    checkpoint: str,
+) -> str:
+    """The command of nnU-Net that predicts with a model folder that was written.
+
+    Args:
+        folder: the model.
+        by_folder: name it by its folder, since it does not lie where nnU-Net looks for it.
+        configuration: of the model.
+        trainer: of the model.
+        plans: of the model.
+        folds: of the model.
+        checkpoint: file name of the checkpoints.
+    """
+    if by_folder:
+        program = f"nnUNetv2_predict_from_modelfolder -m {folder}"
+    else:
+        of_trainer = "" if trainer == "nnUNetTrainer" else f" -tr {trainer}"
+        program = f"nnUNetv2_predict -d {Path(folder).parent.name} -c {configuration}{of_trainer} -p {plans}"
+    chosen = "" if checkpoint == "checkpoint_final.pth" else f" -chk {checkpoint}"
+    return f"{program} -f {' '.join(map(str, folds))}{chosen} -i IN -o OUT"

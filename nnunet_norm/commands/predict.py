@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--controls", action="store_true", help="estimate on the controls of each experimental batch alone"
     )
     parser.add_argument(
-        "--scratch", metavar="DIR", help="where stages keep their maps, as memory-mapped files (default: in memory)"
+        "--scratch",
+        metavar="DIR",
+        help="where stages keep their maps, as memory-mapped files (default: in memory), and --population batch the "
+        "preprocessed images (default: the system's folder for temporary files)",
     )
     parser.add_argument(
         "--max-memory",

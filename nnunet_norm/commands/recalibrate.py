@@ -1,8 +1,9 @@
 """Give a trained model the statistics of other images: a new domain, every experimental batch, or every single image.
 
-The mean and variance that each norm has stored are estimated anew, exactly, on the images of -i; weights stay, labels are not
-needed. A new model folder is written that every command of nnU-Net takes, and the old one stays. A model with InstanceNorm,
-which has no stored statistics, becomes one with BatchNorm that stock nnU-Net runs.
+The mean and variance that each norm has stored are estimated anew on the images of -i: exactly where the network runs stage
+by stage; in tiles, what is padded at their borders counts. Weights stay, labels are not needed. A new model folder is written
+that every command of nnU-Net takes, and the old one stays. A model with InstanceNorm, which has no stored statistics, becomes
+one with BatchNorm that stock nnU-Net runs.
 
     nnunet-norm recalibrate -d 4 -c 3d_fullres -tr nnUNetTrainerBRN -i images_of_the_new_scanner
     nnUNetv2_predict -d 4 -c 3d_fullres -tr nnUNetTrainerBRN -p nnUNetPlans_recalibrated -i images -o predictions
@@ -14,17 +15,12 @@ With --batches every experimental batch gets a model of its own, with --per-imag
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nnunet_norm.commands.machine import DEVICES, default_processes, device_named
 from nnunet_norm.commands.messages import messages_shown
-from nnunet_norm.commands.model import add_model_arguments, fold, model_folder
+from nnunet_norm.commands.model import add_model_arguments, fold, how_to_predict, model_folder
 from nnunet_norm.commands.sizes import parse_size
 from nnunet_norm.errors import SetupError
-
-if TYPE_CHECKING:
-    from nnunet_norm.prediction.recalibration import Recalibration, Target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,18 +106,13 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{target.folder}: written before, kept")
                 continue
             recalibration.write(target, previous_stage_folder=args.prev_stage_predictions, num_processes=args.npp)
-            print(
-                f"{target.folder}: statistics of {target.population}; predict with {_use(args, recalibration, target)}"
+            use = how_to_predict(
+                target.folder,
+                by_folder=args.o is not None or args.m is not None,
+                configuration=recalibration.configuration,
+                trainer=recalibration.trainer_name,
+                plans=target.plans_name,
+                folds=recalibration.folds,
+                checkpoint=args.chk,
             )
-
-
-def _use(args: argparse.Namespace, recalibration: Recalibration, target: Target) -> str:
-    folds = " ".join(map(str, recalibration.folds))
-    checkpoint = "" if args.chk == "checkpoint_final.pth" else f" -chk {args.chk}"
-    if args.o is not None or args.m is not None:
-        program = f"nnUNetv2_predict_from_modelfolder -m {target.folder}"
-    else:
-        trainer = "" if recalibration.trainer_name == "nnUNetTrainer" else f" -tr {recalibration.trainer_name}"
-        dataset = Path(target.folder).parent.name
-        program = f"nnUNetv2_predict -d {dataset} -c {recalibration.configuration}{trainer} -p {target.plans_name}"
-    return f"{program} -f {folds}{checkpoint} -i IN -o OUT"
+            print(f"{target.folder}: statistics of {target.population}; predict with {use}")

@@ -4,7 +4,14 @@ Everything here depends on torch alone. The classes take the place of torch's: `
 """
 
 from nnunet_norm.layers.batch_renorm import BatchRenorm2d, BatchRenorm3d
-from nnunet_norm.layers.convert import NORMS, convert_norm, find_norms, replace_modules, tracks_statistics
+from nnunet_norm.layers.convert import (
+    NORMS,
+    convert_norm,
+    find_norms,
+    replace_modules,
+    tracking_norms,
+    tracks_statistics,
+)
 from nnunet_norm.layers.frozen_batch_norm import FrozenBatchNorm
 from nnunet_norm.layers.ghost_batch_norm import GhostBatchNorm2d, GhostBatchNorm3d
 from nnunet_norm.layers.group_norm import GroupNorm, group_count
@@ -29,5 +36,6 @@ __all__ = [
     "group_count",
     "plain_batch_statistics",
     "replace_modules",
+    "tracking_norms",
     "tracks_statistics",
 ]

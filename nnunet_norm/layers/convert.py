@@ -57,6 +57,18 @@ def tracks_statistics(norm: nn.Module) -> bool:
     return isinstance(norm, _NormBase) and norm.running_mean is not None
 
 
+def tracking_norms(module: nn.Module) -> list[_NormBase]:
+    """The norms with running statistics, each once, in an order that conversion to SyncBatchNorm and wrappers keep.
+
+    That conversion makes a module of its own for each name that a norm has; what they share are the tensors.
+    """
+    once: dict[int, _NormBase] = {}
+    for norm in find_norms(module).values():
+        if isinstance(norm, _NormBase) and norm.running_mean is not None:
+            once.setdefault(id(norm.running_mean), norm)
+    return list(once.values())
+
+
 def convert_norm(
     module: nn.Module, norm: str | NormFactory, *, only: Callable[[nn.Module], bool] = lambda _: True, **kwargs: Any
 ) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nnunet_norm.errors import LayerError
-from nnunet_norm.layers.convert import find_norms
+from nnunet_norm.layers.convert import find_norms, tracking_norms
 
 
 class DomainStatistics(nn.Module):
@@ -55,7 +55,7 @@ class DomainStatistics(nn.Module):
         self.names = tuple(names)
         if not self.names or len(set(self.names)) < len(self.names):
             raise LayerError(f"domains {list(names)}: give one name or more, each once")
-        norms = _norms(network)
+        norms = tracking_norms(network)
         if not norms:
             raise LayerError("a network without norms with running statistics has none to keep per domain")
         self.momentum: float | None = norms[0].momentum
@@ -108,7 +108,7 @@ class DomainStatistics(nn.Module):
         Raises:
             LayerError: There is no such domain.
         """
-        row, norms = self.index(domain), _norms(network)
+        row, norms = self.index(domain), tracking_norms(network)
         batch = torch.stack([_flat(norms, "running_mean"), _flat(norms, "running_var")])
         finite = batch.isfinite().all()
         weight = (self.num_batches[row] + 1).reciprocal()
@@ -136,7 +136,7 @@ class DomainStatistics(nn.Module):
         self._hand_out(network, mean, var)
 
     def _hand_out(self, network: nn.Module, mean: Tensor, var: Tensor) -> None:
-        norms = _norms(network)
+        norms = tracking_norms(network)
         channels = [norm.num_features for norm in norms]
         buffers = [buffer for name in ("running_mean", "running_var") for buffer in _buffers(norms, name)]
         torch._foreach_copy_(buffers, [*mean.split(channels), *var.split(channels)])
@@ -149,18 +149,6 @@ class DomainStatistics(nn.Module):
 def get_domain_statistics(network: nn.Module) -> DomainStatistics | None:
     """The statistics per domain that ``network`` carries, however it is wrapped; None if it has none."""
     return next((module for module in network.modules() if isinstance(module, DomainStatistics)), None)
-
-
-def _norms(network: nn.Module) -> list[_NormBase]:
-    """The norms with running statistics, each once, in an order that conversion to SyncBatchNorm and wrappers keep.
-
-    That conversion makes a module of its own for each name that a norm has; what they share are the tensors.
-    """
-    once: dict[int, _NormBase] = {}
-    for norm in find_norms(network).values():
-        if isinstance(norm, _NormBase) and norm.running_mean is not None:
-            once.setdefault(id(norm.running_mean), norm)
-    return list(once.values())
 
 
 def _buffers(norms: Sequence[_NormBase], name: str) -> list[Tensor]:

@@ -26,19 +26,26 @@ def _take_in(
     momentum: float | None,
     synchronized: bool,
 ) -> None:
-    """One step of torch's average, with the statistics of the whole batch and of all processes."""
-    count, mean, var = merge(means.new_tensor(counts, dtype=torch.float64), means.double(), variances.double())
+    """One step of torch's average, with the statistics of the whole batch and of all processes.
+
+    ``variances`` are unbiased; of the ``counts`` only the last may differ from the others.
+    """
+    precise = torch.float32 if means.device.type == "mps" else torch.float64
+    number = means.new_full((len(counts),), counts[0], dtype=precise)
+    number[-1:].fill_(counts[-1])  # filled, not copied from a list: nothing waits for the device
+    biased = variances.to(precise) * ((number - 1) / number.clamp(min=1))[:, None]
+    count, mean, var = merge(number, means.to(precise), biased)
     if synchronized:
         if not sum(counts):  # the moments of nothing are not finite
             mean, var = torch.zeros_like(mean), torch.zeros_like(var)
         count, mean, var = across_processes(mean, var, sum(counts))
-    weight = 1 / (num_batches_tracked.double() + 1) if momentum is None else momentum
+    weight: float | Tensor = 1 / (num_batches_tracked.to(precise) + 1) if momentum is None else momentum
     unbiased = var * count / (count - 1)
-    updated = tuple(
-        torch.lerp(old.double(), new, torch.as_tensor(weight, dtype=torch.float64, device=old.device))
-        for old, new in ((running_mean, mean), (running_var, unbiased))
+    updated = (
+        torch.lerp(running_mean.to(precise), mean, weight),
+        torch.lerp(running_var.to(precise), unbiased, weight),
     )
-    update_if_finite((running_mean, running_var), updated, num_batches_tracked)  # type: ignore[arg-type]
+    update_if_finite((running_mean, running_var), updated, num_batches_tracked)
 
 
 @_take_in.register_fake
@@ -95,9 +102,8 @@ class _GhostBatchNorm(_NormBase):
             F.batch_norm(part, mean, var, weight, bias, part.numel() > 0, 1.0, self.eps)
             for part, mean, var in zip(parts, means, variances, strict=True)
         ]
-        biased = variances * variances.new_tensor([(n - 1) / max(n, 1) for n in counts])[:, None]
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        _take_in(means, biased, counts, *buffers, self.momentum, synchronized)
+        _take_in(means, variances, counts, *buffers, self.momentum, synchronized)
         return torch.cat(y) if len(y) > 1 else y[0]
 
 

@@ -57,7 +57,8 @@ def across_processes(mean: Tensor, var: Tensor, count: int) -> Moments:
         var: Its biased variance, ``(C,)``.
         count: Its values per channel.
     """
-    own = torch.cat([mean, var, mean.new_tensor([count], dtype=torch.float64)])  # float32 counts to 2^24
+    # In float64, since float32 counts to 2^24; filled, not copied from a list, so that nothing waits for the device.
+    own = torch.cat([mean, var, mean.new_full((1,), count, dtype=torch.float64)])
     every = own.new_empty(num_processes() * len(own))
     dist.all_gather_into_tensor(every, own)
     rows = every.view(-1, len(own))

@@ -55,7 +55,7 @@ class PopulationPredictor(CasePredictor):
 
     For "image" and "tile" the network loses the statistics that it has stored, when it is loaded or handed over; one that is
     handed over stays as it is, and what is predicted with shares its parameters. For "batch" the cases that are predicted are
-    read twice: statistics are settled for all experimental batches and folds first, and nothing is written if one fails.
+    read twice: statistics are settled for all experimental batches and folds first, and nothing is predicted if one fails.
     """
 
     population: str | None
@@ -235,7 +235,8 @@ class PopulationPredictor(CasePredictor):
         for population in self.populations_of(cases):
             if wanted.isdisjoint(population.cases.values()):
                 continue
-            known = None if population.name is None else self.estimator.of_domain(population.name)
+            of_all = population.name is not None and not population.controls
+            known = self.estimator.of_domain(str(population.name)) if of_all else None
             estimate = known or self.estimate_on(population, previous_stage_folder, num_processes)
             self._say(f"population batch: {population}; statistics: {estimate.way}")
             settled.append(SettledPopulation(population, estimate))

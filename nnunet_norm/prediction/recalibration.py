@@ -12,26 +12,17 @@ from typing import Any
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from torch import nn
 
-from nnunet_norm.errors import ExperimentalBatchesError, ModelFolderError, OutputError, StatisticsError
+from nnunet_norm.errors import ExperimentalBatchesError, OutputError, StatisticsError
 from nnunet_norm.experimental_batches import ExperimentalBatches
-from nnunet_norm.layers import find_norms
 from nnunet_norm.planning.naming import check_plans_name
 from nnunet_norm.prediction.cases import CasePredictor
 from nnunet_norm.prediction.checks import find_cases, listed
-from nnunet_norm.prediction.model_writing import NOTE, Fold, PlannedNorm, complete_folds, configuration_of, write_model
+from nnunet_norm.prediction.model_writing import NOTE, Fold, complete_folds, configuration_of, write_model
 from nnunet_norm.prediction.population_estimate import Estimate
 from nnunet_norm.prediction.populations import Population, each_case
 from nnunet_norm.prediction.predictor import HaloPredictor
-from nnunet_norm.receptive_field import trace
-
-STOCK_TRAINER = "nnUNetTrainer"
-"""Trains whatever norm the plans name, BatchNorm for a model that had InstanceNorm."""
-
-TOLERANCE = 1e-4
-"""Of the largest logit: what rounding may do between the network whose statistics were estimated and that of the folder."""
+from nnunet_norm.prediction.stock_model import TOLERANCE, TRAINER, difference_on_noise, planned_norm
 
 OUTDATED = "measured with the statistics before nnunet-norm recalibrate estimated others"
 
@@ -116,7 +107,7 @@ class Recalibration:
     @property
     def trainer_name(self) -> str:
         """Of the new model."""
-        return STOCK_TRAINER if self.predictor.gained_statistics else str(self.predictor.trainer_name)
+        return TRAINER if self.predictor.gained_statistics else str(self.predictor.trainer_name)
 
     def targets(
         self,
@@ -190,7 +181,7 @@ class Recalibration:
             folds=self.folds,
             checkpoint_name=self.checkpoint_name,
             weights=lambda fold, state: {**counted, **state, **by_fold[fold]},
-            norm=self._planned_norm() if self.predictor.gained_statistics else None,
+            norm=planned_norm(self.predictor, self.source) if self.predictor.gained_statistics else None,
             trainer_name=self.trainer_name,
             plans_name=target.plans_name,
             note=self._origin(target.population)
@@ -221,28 +212,11 @@ class Recalibration:
         note = load_json(str(folder / NOTE)) if (folder / NOTE).is_file() else {}
         return bool(note.items() >= self._origin(population).items())
 
-    def _planned_norm(self) -> PlannedNorm:
-        """The BatchNorm that all layers have, as plans name it."""
-        norms: list[Any] = list(find_norms(self.predictor.bare_network).values())
-        kinds = {(norm.eps, bool(norm.affine)) for norm in norms}
-        if len(kinds) > 1:
-            raise ModelFolderError(
-                f"the norms of {str(self.source)!r} have different eps or affine ({kinds}), and plans name one for all: use "
-                "nnunet-norm predict --population batch"
-            )
-        ((eps, affine),) = kinds
-        axes = len(self.predictor.configuration_manager.patch_size)
-        return PlannedNorm(f"torch.nn.modules.batchnorm.BatchNorm{axes}d", {"eps": eps, "affine": affine})
-
     def _require_same(self, written: CasePredictor, estimate: Estimate) -> None:
         """Refuse a model whose network is not the one whose statistics were estimated, although its weights fit."""
-        network = self.predictor.estimator.network.cpu()
+        network = self.predictor.estimator.network.cpu().eval()
         network.load_state_dict({**self.predictor.estimator.weights[0], **estimate.statistics[0]})
-        channels = determine_num_input_channels(
-            self.predictor.plans_manager, self.predictor.configuration_manager, self.predictor.dataset_json
-        )
-        ours, theirs = (_of_noise(net.eval(), channels) for net in (network, written.bare_network))
-        difference = float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30))
+        difference = difference_on_noise(network, written.bare_network.eval(), self.predictor)
         if not difference <= TOLERANCE:
             raise StatisticsError(
                 f"the model in {str(self.source)!r} gives another result with {self.trainer_name} and the plans (relative "
@@ -257,12 +231,3 @@ def _plans_name(beginning: str, population: Population) -> str:
         name += "_" + re.sub(r"_+", "_", re.sub(r"[^A-Za-z0-9.+-]+", "_", population.name)).strip("_.")
     check_plans_name(name)
     return name
-
-
-def _of_noise(network: nn.Module, channels: int) -> torch.Tensor:
-    """What a network makes of a small image of noise."""
-    extents = [2 * stride for stride in trace(network).stride]
-    noise = torch.randn((1, channels, *extents), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        result: torch.Tensor = network(noise)
-    return result

@@ -102,11 +102,8 @@ class StockExport:
         )
 
     def _compare(self, written: CasePredictor) -> None:
-        noise = _noise(self.model)
-        with torch.inference_mode():
-            old, new = (first_output(model.bare_network(noise)) for model in (self.model, written))
-        difference = float((old - new).abs().max() / old.abs().max().clamp_min(1e-30))
-        if difference > TOLERANCE:
+        difference = difference_on_noise(self.model.bare_network, written.bare_network, self.model)
+        if not difference <= TOLERANCE:
             raise ModelFolderError(
                 f"the model in {str(self.source)!r} gives another result with nnUNetTrainer and {self.norm.op} (relative "
                 f"difference {difference:.2g}): its trainer {self.model.trainer_name} does more than plans can say"
@@ -140,7 +137,7 @@ def stock_export(
     """
     folds = complete_folds(folder, checkpoint_name) if folds is None else folds
     model = load_model(folder, folds, checkpoint_name)
-    norm = _planned_norm(model, folder)
+    norm = planned_norm(model, folder)
     _refuse_stock(model, folder, norm)
     old = model.plans_manager.plans_name
     if plans_name is None:
@@ -154,7 +151,7 @@ def stock_export(
     return StockExport(Path(folder), model, folds, checkpoint_name, norm, plans_name)
 
 
-def _planned_norm(model: CasePredictor, folder: str | Path) -> PlannedNorm:
+def planned_norm(model: CasePredictor, folder: str | Path) -> PlannedNorm:
     """The one norm of all layers, as stock plans name it."""
     norms: dict[str, Any] = find_norms(model.bare_network)
     known = [*norms.values(), get_domain_statistics(model.bare_network)]
@@ -220,12 +217,21 @@ def _is_of_this_package(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] == "nnunet_norm"
 
 
-def _noise(model: CasePredictor) -> torch.Tensor:
-    """A small image that the network takes: twice its total stride, or a patch where that cannot be told."""
+def difference_on_noise(old: nn.Module, new: nn.Module, model: CasePredictor) -> float:
+    """Largest difference of two networks' outputs for a small image of noise, over the largest output; may be NaN.
+
+    Args:
+        old: in eval mode, on the CPU.
+        new: the same.
+        model: of which plans they are.
+    """
     plans, configuration = model.plans_manager, model.configuration_manager
     try:
-        extents = [2 * stride for stride in trace(model.bare_network).stride]
-    except ArchitectureError:
+        extents = [2 * stride for stride in trace(old).stride]
+    except ArchitectureError:  # then a patch
         extents = configuration.patch_size
     channels = determine_num_input_channels(plans, configuration, model.dataset_json)
-    return torch.randn((1, channels, *extents), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((1, channels, *extents), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        first, second = (first_output(network(noise)) for network in (old, new))
+    return float((first - second).abs().max() / first.abs().max().clamp_min(1e-30))

@@ -29,6 +29,7 @@ def estimate_population_statistics(
     *,
     num_iters: int | None = None,
     exact: bool = False,
+    synchronized: bool = False,
     progress: bool = True,
 ) -> None:
     """Set the running statistics of every norm to those of a population, in place.
@@ -59,6 +60,8 @@ def estimate_population_statistics(
             ``exact=True`` something that can be iterated again and gives the same (a list, no generator).
         num_iters: Take at most so many of them; None for all.
         exact: Whether norms are settled one after another.
+        synchronized: Whether norms that normalize with the batches of all processes in training do so here, too; all
+            processes must then bring equally many batches. Of no meaning with ``exact=True``.
         progress: Show a progress bar.
 
     Raises:
@@ -87,7 +90,7 @@ def estimate_population_statistics(
         if exact:
             _settle_one_after_another(bare, norms, population, progress)
         else:
-            write_statistics(norms, _in_one_pass(bare, norms, population, progress))
+            write_statistics(norms, _in_one_pass(bare, norms, population, synchronized, progress))
 
 
 def write_statistics(norms: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> None:
@@ -154,11 +157,11 @@ class _Population:
 
 
 def _in_one_pass(
-    network: nn.Module, norms: Mapping[str, nn.Module], population: _Population, progress: bool
+    network: nn.Module, norms: Mapping[str, nn.Module], population: _Population, synchronized: bool, progress: bool
 ) -> dict[str, Moments]:
     gathered: Gathered = {name: ChannelMoments() for name in norms}
     with (
-        norms_in_train_mode(network, across_processes=False),
+        norms_in_train_mode(network, across_processes=synchronized),
         plain_batch_statistics(network),
         _observed({name: (norm, gathered[name].add) for name, norm in norms.items()}),
     ):

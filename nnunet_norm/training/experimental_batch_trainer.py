@@ -171,7 +171,7 @@ class ExperimentalBatchTrainer(NormTrainer):
 
     def _batch_of(self, cases: Any) -> str:
         """The experimental batch of all cases of a mini-batch."""
-        (name,) = {self.experimental_batches.batches[str(case)] for case in cases}
+        (name,) = self.experimental_batches.grouped(map(str, cases))
         return name
 
     def select_statistics(self, name: str) -> None:

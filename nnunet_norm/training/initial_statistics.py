@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d, find_norms
+from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d, tracking_norms
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,8 @@ class InitialStatistics:
         return cls(
             tuple(
                 (norm, {name: getattr(norm, name).clone() for name in ("running_mean", "running_var")})
-                for norm in find_norms(network).values()
-                if isinstance(norm, _NormBase)
-                and not _starts_with_the_first_batch(norm)
-                and norm.running_mean is not None
-                and norm.momentum is not None
+                for norm in tracking_norms(network)
+                if not _starts_with_the_first_batch(norm) and norm.momentum is not None
             )
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nnunet_norm.errors import StatisticsError
 from nnunet_norm.layers import FrozenBatchNorm, convert_norm, tracks_statistics
 from nnunet_norm.statistics import estimate_population_statistics
 from nnunet_norm.training.trainer import NormTrainer
@@ -31,8 +32,14 @@ class ReestimatingTrainer(NormTrainer):
         samples = self.settings.population_samples or POPULATION_SAMPLES
         batch_size = self.configuration_manager.batch_size  # of all processes
         batches = math.ceil(samples / batch_size)
-        with self.autocast():
-            estimate_population_statistics(self.network, self.dataloader_train, num_iters=batches, progress=False)
+        try:
+            with self.autocast():
+                estimate_population_statistics(
+                    *(self.network, self.dataloader_train), num_iters=batches, synchronized=self.is_ddp, progress=False
+                )
+        except StatisticsError as error:  # a patch that overflows must not take the training with it
+            self.print_to_log_file(f"WARNING: running statistics stay as they are, not re-estimated: {error}")
+            return
         self.print_to_log_file(
             f"Running statistics re-estimated from {batches * batch_size} training patches (batches of {batch_size})"
         )
@@ -61,8 +68,16 @@ class PreciseBatchNormTrainer(ReestimatingTrainer):
         super().on_train_epoch_end(train_outputs)
         every = self.settings.reestimate_every
         if every is not None and (self.current_epoch + 1) % every == 0:
+            if self.current_epoch == self.num_epochs - 1:
+                self.seed_estimate()  # as on_train_end would, which may be all that a continued training does
             self.reestimate()
             self._estimated_in = self.current_epoch
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str) -> None:
+        """Continue; the statistics of a final checkpoint are final."""
+        super().load_checkpoint(checkpoint)
+        if isinstance(checkpoint, str) and checkpoint.endswith("checkpoint_final.pth"):
+            self._estimated_in = self.current_epoch - 1
 
     def on_train_end(self) -> None:
         """Re-estimate before the final checkpoint, which nnU-Net writes here, while there are data to draw."""
@@ -92,10 +107,12 @@ class FrozenBatchNormTrainer(ReestimatingTrainer):
         return max(self.num_epochs - max(round(share * self.num_epochs), 1), 1)
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str) -> None:
-        """Continue; a network whose statistics were frozen when it was saved is frozen again."""
+        """Continue; statistics are frozen if they were when the checkpoint was saved, and only then."""
         super().load_checkpoint(checkpoint)
         if self.current_epoch > self.freeze_epoch:
             self._freeze()
+        else:  # --val_best after a training
+            convert_norm(self.bare_network, "batch_norm", only=lambda norm: isinstance(norm, FrozenBatchNorm))
 
     def on_train_epoch_start(self) -> None:
         """Re-estimate and freeze when it is time."""

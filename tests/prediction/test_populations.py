@@ -445,6 +445,18 @@ def test_a_model_with_statistics_per_domain_uses_those_that_it_has(tmp_path, ima
     assert made.estimator.of_domain("unknown") is None
 
 
+def test_the_statistics_of_the_training_are_not_those_of_controls(tmp_path, images):
+    """They are of all images of a batch: where controls are asked for, the controls are estimated."""
+    folder = write_trained(tmp_path / "model", "nnUNetTrainerBEN", change=domains)
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["network_weights"]["domain_statistics.num_batches"] = torch.tensor([7, 7])
+    torch.save(checkpoint, path)
+    batches = ExperimentalBatches(dict.fromkeys(CASES, "a"), frozenset(["case_1"]))
+    predict(load(folder, population="batch", batches=batches, controls=True), images, tmp_path / "out")
+    assert {tuple(one["population_images"]) for one in record_of(tmp_path / "out").values()} == {("case_1",)}
+
+
 def test_instance_norm_gets_the_statistics_of_the_population(tmp_path, images):
     """Its affine parameters are kept; one image as population is that image's own statistics."""
     folder = write_trained(tmp_path / "model", "nnUNetTrainer")

@@ -53,3 +53,14 @@ def test_a_variance_stays_a_variance():
     initial.forget(2)
     assert (layer.running_var >= 0).all()
     assert layer.eval()(torch.randn(2, 32, 4, 4)).isfinite().all()
+
+
+def test_a_norm_with_two_names_is_corrected_once_after_its_conversion():
+    """SyncBatchNorm has a module of its own for each name of a norm; the buffers are the same."""
+    norm = nn.BatchNorm2d(1)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm, nn.Sequential(norm)))
+    assert network[0] is not network[1][0]
+    initial = InitialStatistics.of(network)
+    network[0].running_mean.copy_(0.1 * torch.tensor([4.0]))  # one step with momentum 0.1
+    initial.forget(1)
+    assert network[0].running_mean.item() == pytest.approx(4)

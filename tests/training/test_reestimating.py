@@ -123,7 +123,7 @@ def test_precise_bn_takes_a_thousand_patches_unless_the_plans_say_otherwise(data
     asked = []
     monkeypatch.setattr(
         "nnunet_norm.training.reestimating.estimate_population_statistics",
-        lambda network, batches, num_iters, progress: asked.append(num_iters),
+        lambda network, batches, num_iters, **_: asked.append(num_iters),
     )
     trainer.run_training()
     assert asked == [POPULATION_SAMPLES // 2]
@@ -199,3 +199,38 @@ def test_ghost_bn_needs_its_size_from_the_plans(dataset):
     with pytest.raises(PlansError, match="normalization_batch_size is 3, and the batch has 4 samples"):
         dataset.trainer("nnUNetTrainerGhostBN", plans="odd")
     assert not (dataset.root / "results").exists()
+
+
+def test_continuing_a_finished_precise_bn_leaves_its_statistics(dataset):
+    """nnU-Net ends such a training once more, before the validation that was missing; no seed is needed."""
+    dataset.plans(name="short", population_samples=4)
+    trainer = dataset.trainer("nnUNetTrainerPreciseBN_1epochs", plans="short")
+    trainer.run_training()
+    final = f"{trainer.output_folder}/checkpoint_final.pth"
+    before = torch.load(final, weights_only=False)["network_weights"]
+    again = dataset.trainer("nnUNetTrainerPreciseBN_1epochs", plans="short", continued=True)
+    again.load_checkpoint(final)
+    again.run_training()
+    after = torch.load(final, weights_only=False)["network_weights"]
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_checkpoint_from_before_the_freezing_is_not_frozen(plans):
+    """nnU-Net's --val_best loads one into the trainer that has just ended."""
+    trainer = plans.trainer(FROZEN, plans="seeded")
+    trainer.initialize()
+    trainer.on_train_start()
+    trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_best.pth")
+    trainer._freeze()
+    trainer.load_checkpoint(f"{trainer.output_folder}/checkpoint_best.pth")
+    assert {type(m) for m in find_norms(trainer.network).values()} == {nn.BatchNorm3d}
+
+
+def test_a_patch_that_is_not_finite_costs_the_estimate_and_not_the_training(plans):
+    trainer = plans.trainer(PRECISE, plans="seeded")
+    trainer.initialize()
+    trainer.dataloader_train = iter([{"data": torch.full((4, 1, 16, 16, 16), torch.inf)}] * 2)
+    before = statistics_of(trainer.network)
+    trainer.reestimate()
+    assert all(torch.equal(before[k], v) for k, v in statistics_of(trainer.network).items())
+    assert "WARNING: running statistics stay as they are" in log_of(trainer)
