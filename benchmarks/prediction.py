@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from prediction_contenders import CONTENDERS
-from prediction_report import command, machine, markdown, versions
+from prediction_report import markdown
+from reporting import command, machine, versions
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -224,7 +225,7 @@ class Benchmark:
         content = {
             "machine": machine(args.device),
             "versions": versions(),
-            "command": command(sys.argv[1:], ("--out", "--scratch")),
+            "command": command("prediction.py", sys.argv[1:], ("--out", "--scratch")),
             "settings": {key: value for key, value in vars(args).items() if key not in hidden}
             | {"scratch": "on disk" if args.scratch else "in memory"},
             "sizes": [

@@ -1,17 +1,10 @@
-"""What ``benchmarks/prediction.py`` says about its runs: machine, tables, and whether the bars were met."""
+"""What ``benchmarks/prediction.py`` says about its runs: tables, and whether the bars were met."""
 
 import json
-import os
-import platform
-import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from reporting import amount, spread, table
 
 NAMES = {
     "whole": "one pass over the whole image",
@@ -38,41 +31,6 @@ NOTES = """\
 """
 
 
-def machine(device: str) -> dict[str, Any]:
-    """CPU, caches, cores, memory, GPU."""
-    found: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    with suppress(OSError, IndexError):
-        found["cpu"] = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].lstrip("\t: ")
-    caches = Path("/sys/devices/system/cpu/cpu0/cache")
-    with suppress(OSError):
-        levels = [
-            [(index / name).read_text().strip() for name in ("level", "type", "size")]
-            for index in caches.glob("index*")
-        ]
-        found["caches"] = {f"L{level} {kind}": size for level, kind, size in sorted(levels)}
-    with suppress(OSError, ValueError):
-        found["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
-    return found | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "nnunetv2", "dynamic_network_architectures", "monai", "numpy", "nnunet_norm"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return found
-
-
-def command(arguments: Sequence[str], folders: Sequence[str]) -> str:
-    """The command line, without the names of folders."""
-    shown = ["FOLDER" if before in folders else word for before, word in zip(["", *arguments], arguments, strict=False)]
-    return " ".join(["python benchmarks/prediction.py", *shown])
-
-
 def done(result: dict[str, Any], size: int, name: str) -> dict[int, dict[str, Any]]:
     """By round."""
     return {
@@ -86,19 +44,6 @@ def ratios(result: dict[str, Any], size: int, over: str, under: str) -> list[flo
     """Seconds of one over those of another, round by round."""
     above, below = done(result, size, over), done(result, size, under)
     return [above[turn]["seconds"] / below[turn]["seconds"] for turn in sorted({*above} & {*below})]
-
-
-def spread(values: Sequence[float], unit: str = "") -> str:
-    if not values:
-        return "not measured"
-    middle = f"{median(values):.3g}{unit}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
-
-
-def amount(count: float | None) -> str:
-    if count is None:
-        return ""
-    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 def on_disk(run: dict[str, Any]) -> int:
@@ -137,13 +82,6 @@ def row(result: dict[str, Any], size: int, name: str, on_cuda: bool) -> list[str
         f"{compared['labels_differ']:.2e}" if compared else "",
         f"{compared['max_difference']:.2e}" if compared else "",
     ]
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; short rows are filled up."""
-    full = [[*cells, *[""] * (len(rows[0]) - len(cells))] for cells in rows]
-    lines = [f"| {' | '.join(cells)} |" for cells in full]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 def bars(result: dict[str, Any]) -> list[list[str]]:

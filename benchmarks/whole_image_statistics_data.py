@@ -44,6 +44,11 @@ class Dataset:
     plan: tuple[str, ...]
 
     @property
+    def number(self):
+        """As nnU-Net's programs take it."""
+        return str(int(self.name[7:10]))
+
+    @property
     def foreground(self):
         """Names of all classes but the background."""
         return [label for label in self.labels if self.labels[label]]
@@ -106,26 +111,47 @@ def make_raw(dataset, cases, folder):
     write_json(folder / "dataset.json", description | {"numTraining": len(used), "file_ending": dataset.ending})
 
 
-def train(dataset, cases, work):
-    """The trained model's folder; what is there already is not made again."""
-    number = str(int(dataset.name[7:10]))
+def program(work, log, on_line=print):
+    """Runs a program with nnU-Net's folders in ``work``; its output is appended to ``work/log``."""
 
     def run(*command, **changes):
         environment = Workspace(work, DemoSettings()).environment(OMP_NUM_THREADS="1", **changes)
-        run_logged(command, work / f"{dataset.name}.log", environment, print)
+        run_logged(command, work / log, environment, on_line)
 
+    return run
+
+
+def prepare(dataset, work, make):
+    """The preprocessed dataset with its split; ``make(folder)`` writes the raw one. What is there is not made again."""
     raw, preprocessed = (work / f"nnUNet_{kind}" / dataset.name for kind in ("raw", "preprocessed"))
-    fold = work / "nnUNet_results" / dataset.name / f"{TRAINER}__{PLANS}__{dataset.configuration}" / "fold_0"
-    which = ("-d", number, "-c", dataset.configuration)
     if not (raw / "dataset.json").exists():
-        make_raw(dataset, cases, raw)
+        make(raw)
     if not (preprocessed / "splits_final.json").exists():
+        which = ("-d", dataset.number, "-c", dataset.configuration)
+        run = program(work, f"{dataset.name}.log", lambda line: "it/s]" in line or print(line))
         run("nnUNetv2_plan_and_preprocess", *which, "-np", "1", "-npfp", "1", nnUNet_n_proc_DA="1")
         shutil.copy(raw / "splits_final.json", preprocessed)
-    if not (preprocessed / f"{PLANS}.json").exists():
-        run("nnunet-norm", "plan", *which, "--plans-name", PLANS, *dataset.plan)
+
+
+def train(dataset, cases, work):
+    """The trained model's folder; what is there already is not made again."""
+    run = program(work, f"{dataset.name}.log")
+    prepare(dataset, work, lambda folder: make_raw(dataset, cases, folder))
+    fold = work / "nnUNet_results" / dataset.name / f"{TRAINER}__{PLANS}__{dataset.configuration}" / "fold_0"
+    if not (work / "nnUNet_preprocessed" / dataset.name / f"{PLANS}.json").exists():
+        run(
+            "nnunet-norm",
+            "plan",
+            "-d",
+            dataset.number,
+            "-c",
+            dataset.configuration,
+            "--plans-name",
+            PLANS,
+            *dataset.plan,
+        )
     if not (is_whole_checkpoint(fold / "checkpoint_final.pth") and (fold / "validation" / "summary.json").exists()):
-        what = (number, dataset.configuration, "0", "-tr", TRAINER, "-p", PLANS)
+        what = (dataset.number, dataset.configuration, "0", "-tr", TRAINER, "-p", PLANS)
         run(sys.executable, "-c", ONE_CORE, *what, "-device", "cpu", *continue_flag(fold))
     return fold.parent
 
