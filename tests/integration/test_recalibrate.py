@@ -26,18 +26,8 @@ def images(workspace, real_images):
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 904, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     workspace.run(
         *("nnunet-norm", "plan", "-d", 904, "-c", "3d_fullres", "--plans-name", "small", "--num-stages", 3),
-        *(
-            "--base-features",
-            4,
-            "--patch-size",
-            32,
-            32,
-            32,
-            "--iterations-per-epoch",
-            4,
-            "--val-iterations-per-epoch",
-            1,
-        ),
+        *("--base-features", 4, "--patch-size", 32, 32, 32),
+        *("--iterations-per-epoch", 4, "--val-iterations-per-epoch", 1),
     )
     for trainer in (BRN, INSTANCE):
         workspace.train(904, "3d_fullres", 0, trainer, "small")
@@ -51,28 +41,43 @@ def probabilities(folder):
     return {path.stem: np.load(path)["probabilities"] for path in sorted(folder.glob("*.npz"))}
 
 
-@pytest.mark.parametrize("trainer", [BRN, INSTANCE])
-def test_nnunet_runs_and_ensembles_recalibrated_models(workspace, images, trainer, tmp_path):
-    """By name and by folder; InstanceNorm as a model of nnU-Net's own; predicted on the fly the same, to the last bit."""
-    model = ("-d", 904, "-c", "3d_fullres", "-p", "small", "-tr", trainer)
-    said = workspace.run("nnunet-norm", "recalibrate", *model, "-i", images, *HERE).stdout
-    assert "all norms in one pass over 3 images or slices" in said
-    name = "nnUNetTrainer" if trainer == INSTANCE else trainer
-    new = workspace.model(DATASET, name, "small_recalibrated", "3d_fullres")
+@pytest.fixture
+def recalibrated(workspace, images, tmp_path):
+    """Recalibrate a trainer's model, and predict by its new name with nnU-Net and on the fly: folder, name, predictions."""
+
+    def run(trainer):
+        model = ("-d", 904, "-c", "3d_fullres", "-p", "small", "-tr", trainer)
+        said = workspace.run("nnunet-norm", "recalibrate", *model, "-i", images, *HERE).stdout
+        assert "all norms in one pass over 3 images or slices" in said
+        name = "nnUNetTrainer" if trainer == INSTANCE else trainer
+        by_name = ("-d", 904, "-c", "3d_fullres", "-p", "small_recalibrated", "-tr", name)
+        common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu")
+        workspace.run("nnUNetv2_predict", *by_name, *common, "-npp", 1, "-nps", 1, "-o", tmp_path / "by_name")
+        common = (*common, "-npp", 0, "-nps", 0)
+        workspace.run("nnunet-norm", "predict", *by_name, *common, "-o", tmp_path / "halo")
+        workspace.run("nnunet-norm", "predict", *model, *common, "--population", "batch", "-o", tmp_path / "on_the_fly")
+        found = {place: probabilities(tmp_path / place) for place in ("by_name", "halo", "on_the_fly")}
+        for case in found["halo"]:
+            assert np.array_equal(found["halo"][case], found["on_the_fly"][case])
+            assert np.abs(found["halo"][case] - found["by_name"][case]).mean() < 0.05
+        return workspace.model(DATASET, name, "small_recalibrated", "3d_fullres"), found
+
+    return run
+
+
+def test_instance_norm_becomes_a_model_of_nnunets_own(recalibrated):
+    """Found by its name, without this package's trainers; predicted on the fly the same, to the last bit."""
+    new, _ = recalibrated(INSTANCE)
     assert json.loads((new / "nnunet_norm.json").read_text())["num_images"] == NUM_TEST
-    by_name = ("-d", 904, "-c", "3d_fullres", "-p", "small_recalibrated", "-tr", name)
-    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu")
-    one = ("-npp", 1, "-nps", 1)
-    workspace.run("nnUNetv2_predict", *by_name, *common, *one, "-o", tmp_path / "by_name")
-    workspace.run("nnUNetv2_predict_from_modelfolder", "-m", new, *common, *one, "-o", tmp_path / "by_folder")
-    common = (*common, "-npp", 0, "-nps", 0)
-    workspace.run("nnunet-norm", "predict", *by_name, *common, "-o", tmp_path / "halo")
-    workspace.run("nnunet-norm", "predict", *model, *common, "--population", "batch", "-o", tmp_path / "on_the_fly")
-    found = {place: probabilities(tmp_path / place) for place in ("by_name", "by_folder", "halo", "on_the_fly")}
-    for case in found["halo"]:
-        assert np.array_equal(found["by_name"][case], found["by_folder"][case])
-        assert np.array_equal(found["halo"][case], found["on_the_fly"][case])
-        assert np.abs(found["halo"][case] - found["by_name"][case]).mean() < 0.05
+
+
+def test_nnunet_runs_and_ensembles_a_recalibrated_model(workspace, images, recalibrated, tmp_path):
+    """By name and by folder the same, to the last bit, and so on the fly; the predictions are ensembled."""
+    new, found = recalibrated(BRN)
+    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu", "-npp", 1, "-nps", 1)
+    workspace.run("nnUNetv2_predict_from_modelfolder", "-m", new, *common, "-o", tmp_path / "by_folder")
+    for case, expected in found["by_name"].items():
+        assert np.array_equal(probabilities(tmp_path / "by_folder")[case], expected)
     record = json.loads((tmp_path / "on_the_fly" / "halo_prediction.json").read_text())
     assert {how["population_of"] for how in record.values()} == {"folder, 3 images"}
     workspace.run(
