@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from nnunet_norm.errors import LayerError
 from nnunet_norm.layers import synchronized
@@ -23,6 +22,7 @@ from nnunet_norm.layers.renormalization import (
     step,
     update_if_finite,
 )
+from nnunet_norm.layers.running import RunningNorm
 
 
 class Correction(NamedTuple):
@@ -65,10 +65,7 @@ def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     return (*vectors, mean.new_empty(()))
 
 
-class _BatchRenorm(_NormBase):
-    # Not a subclass of torch's _BatchNorm: under DDP nnU-Net turns every one of those into a SyncBatchNorm.
-    ndim: int
-
+class _BatchRenorm(RunningNorm):
     def __init__(
         self,
         num_features: int,
@@ -100,10 +97,6 @@ class _BatchRenorm(_NormBase):
         schedule = f"warmup_steps={self.warmup_steps}, ramp_steps={self.ramp_steps}"
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, {schedule}, sync={self.sync!r}"
 
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's own name
-        if input.dim() != self.ndim + 2:
-            raise LayerError(f"expected {self.ndim + 2}D input (N, C, *spatial), got {input.dim()}D input")
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape ``(N, C, *spatial)``."""
         self._check_input_dim(x)
@@ -128,9 +121,6 @@ class _BatchRenorm(_NormBase):
         if torch.compiler.is_compiling():
             return F.batch_norm(x, None, None, *fold(self.weight, self.bias, of.r, of.d), True, 0.0, self.eps)
         return Renormalize.apply(x, self.weight, self.bias, of, self.eps)
-
-    def _with_running_statistics(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _require_values(self, x: Tensor) -> None:
         if x.numel() <= x.size(1):

@@ -2,10 +2,11 @@
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+
+from nnunet_norm.layers.running import RunningNorm
 
 
-class FrozenBatchNorm(_NormBase):
+class FrozenBatchNorm(RunningNorm):
     """Normalization with running statistics that stay as they are, in train mode as in eval mode.
 
     ``weight`` and ``bias`` go on learning. Parameters, buffers and state dict are BatchNorm's, so that a network may be
@@ -30,4 +31,4 @@ class FrozenBatchNorm(_NormBase):
         """Normalize ``x`` of shape ``(N, C, *spatial)``."""
         if not self.frozen and self.training:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return self._with_running_statistics(x)

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from nnunet_norm.errors import LayerError
 from nnunet_norm.layers.moments import across_processes, merge, num_processes
 from nnunet_norm.layers.renormalization import update_if_finite
+from nnunet_norm.layers.running import RunningNorm
 
 
 # Opaque to the compiler, so that the collective stays one call at one place.
@@ -53,10 +53,7 @@ def _(*_: Any) -> None:
     return None
 
 
-class _GhostBatchNorm(_NormBase):
-    # Not a subclass of torch's _BatchNorm: under DDP nnU-Net turns every one of those into a SyncBatchNorm.
-    ndim: int
-
+class _GhostBatchNorm(RunningNorm):
     def __init__(
         self,
         num_features: int,
@@ -76,15 +73,11 @@ class _GhostBatchNorm(_NormBase):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, normalization_batch_size={self.normalization_batch_size}, sync={self.sync}"
 
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's own name
-        if input.dim() != self.ndim + 2:
-            raise LayerError(f"expected {self.ndim + 2}D input (N, C, *spatial), got {input.dim()}D input")
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x`` of shape ``(N, C, *spatial)``."""
         self._check_input_dim(x)
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return self._with_running_statistics(x)
         parts = x.split(self.normalization_batch_size)
         synchronized = self.sync and num_processes() > 1
         counts = [part.numel() // x.size(1) for part in parts]

@@ -78,6 +78,10 @@ class CasePredictor(nnUNetPredictor):
             # The first fold's weights were loaded; now it shows whether the others fit, not after the first image.
             for weights in (*self.list_of_parameters[1:], self.list_of_parameters[0]):
                 self.bare_network.load_state_dict(weights)
+        self._fit_loaded_model()
+
+    def _fit_loaded_model(self) -> None:
+        """Change what was loaded from a folder into what predicts; here nothing."""
 
     def predict_from_files(
         self,

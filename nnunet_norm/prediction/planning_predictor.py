@@ -87,17 +87,9 @@ class PlanningPredictor(PopulationPredictor):
         self._measured = MeasuredHalo(self._say)
         self._said: set[str] = set()
 
-    def initialize_from_trained_model_folder(
-        self,
-        model_training_output_dir: str,
-        use_folds: Sequence[int | str] | None,
-        checkpoint_name: str = "checkpoint_final.pth",
-    ) -> None:
-        """See ``CasePredictor``; norms with stored statistics are then folded into the convolutions before them.
-
-        Those of a batch are folded when it has its statistics.
-        """
-        super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+    def _fit_loaded_model(self) -> None:
+        """Fold norms with stored statistics into the convolutions before them; those of a batch when it has them."""
+        super()._fit_loaded_model()
         self.folded_norms = self._fold() if self.fold_norms and self.population != "batch" else 0
 
     def _fold(self) -> int:

@@ -95,18 +95,12 @@ class PopulationPredictor(CasePredictor):
         self.batches = load_experimental_batches(batches) if isinstance(batches, str | os.PathLike) else batches
         self.controls = controls
 
-    def initialize_from_trained_model_folder(
-        self,
-        model_training_output_dir: str,
-        use_folds: Sequence[int | str] | None,
-        checkpoint_name: str = "checkpoint_final.pth",
-    ) -> None:
-        """See ``CasePredictor``; the network then has the norms that the population needs.
+    def _fit_loaded_model(self) -> None:
+        """Give the network the norms that the population needs.
 
         Raises:
             StatisticsError: the population is "batch", and a norm of the network cannot have stored statistics.
         """
-        super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
         stored = set(self.bare_network.state_dict())
         network_for(self.bare_network, self.population, in_place=True)
         self.gained_statistics = bool(self.bare_network.state_dict().keys() - stored)
@@ -125,7 +119,7 @@ class PopulationPredictor(CasePredictor):
         """nnU-Net's method; the network that is handed over stays as it is.
 
         Raises:
-            StatisticsError: see ``initialize_from_trained_model_folder``.
+            StatisticsError: see ``_fit_loaded_model``.
         """
         super().manual_initialization(
             network,

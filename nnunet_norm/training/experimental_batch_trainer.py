@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -67,25 +66,17 @@ class ExperimentalBatchTrainer(NormTrainer):
     norm: ClassVar[str | None] = "batch_norm"
     validation_predictor: ClassVar[type[ValidationPredictor]] = GroupedValidationPredictor
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature, which it reads back
-    ) -> None:
-        # Before anything is written. Networks for inference are built without a trainer, and thus without the file.
-        path = find_experimental_batches(plans["dataset_name"])
-        batches = load_experimental_batches(path)
-        resolved = PlansManager(plans).get_configuration(configuration).configuration
-        wanted = NormSettings.from_configuration(resolved).domain_statistics or ()
-        if unknown := [name for name in wanted if name not in batches.names]:
-            raise _misfit(f"name {listed(unknown)}, which it does not have", batches)
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.experimental_batches = batches
-        self.experimental_batches_file = path
-        self.validated: list[str] = []
+    validated: list[str]
+    """The experimental batches of the cases of the final validation, in its order; there while it runs."""
+
+    def refuse(self, plans: dict[str, Any], configuration: dict[str, Any], settings: NormSettings) -> None:
+        """See ``NormTrainer``. Networks for inference are built without a trainer, and thus without the file."""
+        super().refuse(plans, configuration, settings)
+        self.experimental_batches_file = find_experimental_batches(plans["dataset_name"])
+        self.experimental_batches = load_experimental_batches(self.experimental_batches_file)
+        wanted = settings.domain_statistics or ()
+        if unknown := [name for name in wanted if name not in self.experimental_batches.names]:
+            raise _misfit(f"name {listed(unknown)}, which it does not have", self.experimental_batches)
 
     @classmethod
     def build_network_architecture(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_norm.errors import PlansError
 from nnunet_norm.layers import GhostBatchNorm2d, GhostBatchNorm3d
 from nnunet_norm.settings import NormSettings
@@ -27,23 +24,16 @@ class GhostBatchNormTrainer(NormTrainer):
 
     norm = "ghost_batch_norm"
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature, which it reads back
-    ) -> None:
-        resolved = PlansManager(plans).get_configuration(configuration)
-        size = NormSettings.from_configuration(resolved.configuration).normalization_batch_size
+    def refuse(self, plans: dict[str, Any], configuration: dict[str, Any], settings: NormSettings) -> None:
+        """See ``NormTrainer``."""
+        super().refuse(plans, configuration, settings)
+        size = settings.normalization_batch_size
         if size is None:
             raise PlansError(
                 f"plans: nnunet_norm.normalization_batch_size is missing, which -tr {type(self).__name__} needs: derive "
                 "plans with nnunet-norm plan --normalization-batch-size N"
             )
-        _require_divisor(size, resolved.batch_size, "the batch")
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        _require_divisor(size, configuration["batch_size"], "the batch")
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()

@@ -74,6 +74,7 @@ class NormTrainer(nnUNetTrainer):
         resolved = PlansManager(plans).get_configuration(configuration).configuration
         refuse_contradiction(resolved, self.norm, type(self).__name__)
         settings = NormSettings.from_configuration(resolved)
+        self.refuse(plans, resolved, settings)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = settings
         if self.epochs is not None:
@@ -88,6 +89,15 @@ class NormTrainer(nnUNetTrainer):
         self._initial_statistics: InitialStatistics | None = None
         self._disparity_counts = DisparityCounts()
         self._was_large = False
+
+    def refuse(self, plans: dict[str, Any], configuration: dict[str, Any], settings: NormSettings) -> None:
+        """Refuse, before anything is written, what the trainer cannot be trained with; here nothing.
+
+        Args:
+            plans: As nnU-Net hands them over.
+            configuration: The one to train, inheritance resolved.
+            settings: Its block ``"nnunet_norm"``.
+        """
 
     @classmethod
     def build_network_architecture(
