@@ -37,7 +37,7 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
             beside.unlink()
 
 
-def write_json(path: str | os.PathLike[str], content: Any, indent: int = 4) -> None:
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 4) -> None:
     """Write JSON, by default indented as nnU-Net does.
 
     Raises:

@@ -30,7 +30,8 @@ class ChannelMoments:
             means.append(mean)
             variances.append(var)
         new = merge(torch.cat(counts), torch.cat(means), torch.cat(variances))
-        both = [new] if self.moments is None else [self.moments, new]
+        # Those that another process noted lie on the CPU.
+        both = [new] if self.moments is None else [Moments(*(t.to(new.mean.device) for t in self.moments)), new]
         self.moments = merge(*(torch.stack(field) for field in zip(*both, strict=True)))
 
     def mean_and_var(self) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,8 @@ class ImageNorm(Operator):
             of_group = grouped_mean.mean(1, keepdim=True)
             spread = grouped_var.mean(1, keepdim=True) + (grouped_mean - of_group).square().mean(1, keepdim=True)
             mean, var = of_group.expand_as(grouped_mean).flatten(), spread.expand_as(grouped_var).flatten()
-        self.statistics = mean, var
+        # One group leaves them expanded, and torch's kernel for such statistics rounds otherwise than the one for memory.
+        self.statistics = mean.contiguous(), var.contiguous()
 
     def apply(self, inputs: Sequence[Tensor], place: Place) -> Tensor:
         """See ``Operator.apply``."""

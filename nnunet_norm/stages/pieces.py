@@ -46,13 +46,15 @@ class Piece:
     replaces: int | None
 
 
-def divide(graph: Graph, *, store_first_level: bool = True) -> tuple[Piece, ...]:
+def divide(graph: Graph, *, store_first_level: bool = True, in_place: bool = True) -> tuple[Piece, ...]:
     """Cut a network into pieces, in the order of computation.
 
     Args:
         graph: the network.
         store_first_level: keep the encoder's maps at the image's own resolution, which take most of the scratch; else they
             are computed again where they are needed.
+        in_place: a map may take over the memory of one that dies with it. A run that is to be resumed may not: the block at
+            which it was stopped would find its input overwritten.
     """
     stored = _stored(graph)
     if not store_first_level:
@@ -74,7 +76,7 @@ def divide(graph: Graph, *, store_first_level: bool = True) -> tuple[Piece, ...]
                 stored=target in stored,
                 observed=target in observed,
                 frees=dying,
-                replaces=_replaced(graph, target, inner, dying) if target in stored else None,
+                replaces=_replaced(graph, target, inner, dying) if target in stored and in_place else None,
             )
         )
     return tuple(pieces)

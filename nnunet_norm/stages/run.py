@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.stages.graph import Graph
+from nnunet_norm.stages.journal import Journal, Progress, moments_as_numbers, moments_of_numbers
 from nnunet_norm.stages.moments import ChannelMoments
 from nnunet_norm.stages.operators import Place
 from nnunet_norm.stages.pieces import IMAGE, Piece, regions
@@ -22,8 +23,9 @@ from nnunet_norm.stages.transfer import Transfer
 Image = Callable[[Region], Tensor]
 """A region of the image as (1, C, *region), on the CPU or the device."""
 
-Sink = Callable[[Region, Tensor], None]
-"""Takes the network's output for a region, (1, K, *region); every voxel comes once."""
+Sink = Callable[[Region, Region, Tensor], None]
+"""Takes the network's output: a block, the region that was computed for it (larger by the schedule's overlap), and the values
+(1, K, *region). Every voxel is in one block."""
 
 
 def run(
@@ -34,6 +36,8 @@ def run(
     scratch: Scratch,
     device: torch.device,
     progress: Callable[[], object] = lambda: None,
+    journal: Journal | None = None,
+    overlap: bool = False,
 ) -> int:
     """Give the network's output for a whole image to ``sink``, block by block.
 
@@ -45,7 +49,11 @@ def run(
         sink: takes the output.
         scratch: where maps are stored.
         device: where the network computes.
-        progress: called after every block.
+        progress: called after every block, also for those that a resumed run need not compute again.
+        journal: takes points from which the run can be resumed, and gives the one from which this one is. Its schedule must
+            not be ``in_place``, and scratch on a disk.
+        overlap: read and write beside computing, as is done anyway where scratch is on a disk: for images and sinks that
+            are slow themselves.
 
     Returns:
         How often blocks had to be halved because the device's memory did not hold them; see ``smaller``.
@@ -54,9 +62,9 @@ def run(
         TilingError: the device's memory does not hold the smallest block.
         OutputError: there is no room for scratch.
     """
-    with Transfer(device, overlap=scratch.is_on_disk or device.type == "cuda") as transfer:
-        one = _Run(schedule, image, sink, scratch, transfer, progress)
-        _in_step([one])
+    with Transfer(device, overlap=overlap or scratch.is_on_disk or device.type == "cuda") as transfer:
+        one = _Run(schedule, image, sink, scratch, transfer, progress, journal)
+        _in_step([one], first=one.resume())
         return one.halvings
 
 
@@ -87,12 +95,12 @@ def run_population(
         _in_step(runs, until_settled=True)
 
 
-def _in_step(runs: Sequence[_Run], *, until_settled: bool = False) -> None:
+def _in_step(runs: Sequence[_Run], *, first: int = 0, until_settled: bool = False) -> None:
     """Every piece for all images before the next piece."""
     schedule = runs[0].schedule
     pieces = schedule.settling_pieces if until_settled else len(schedule.pieces)
     try:
-        for number in range(pieces):
+        for number in range(first, pieces):
             moments = ChannelMoments()
             for one in runs:
                 one.piece(number, moments)
@@ -129,37 +137,90 @@ class _Run:
     scratch: Scratch
     transfer: Transfer
     progress: Callable[[], object]
+    journal: Journal | None = None
     stores: dict[int, StoredMap] = field(default_factory=dict)
     halvings: int = 0
+    _left: Progress | None = None
+
+    def resume(self) -> int:
+        """Go to the point from which the journal resumes; the number of its piece."""
+        left = self.journal.resumed if self.journal is not None else None
+        if left is None:
+            return 0
+        graph, extents = self.schedule.graph, self.schedule.extents
+        for node, name in left.maps.items():
+            self.stores[node] = StoredMap(self.scratch.reopen(name, (*extents[node], graph.nodes[node].channels)))
+        for norm, statistics in left.statistics.items():
+            mean, var = (torch.tensor(values, dtype=torch.float64) for values in statistics)
+            graph.norms[norm].statistics = mean, var
+        self.halvings, self._left = left.halvings, left
+        for _ in range(sum(len(self.schedule.blocks_of(number)) for number in range(left.piece))):
+            self.progress()
+        return left.piece
+
+    def _note(self, piece: int, todo: Sequence[Region] | None, moments: ChannelMoments | None) -> None:
+        """Give the journal the point that is reached now, with everything before it written."""
+        assert self.journal is not None
+        self.transfer.flush()
+        settled = {norm: operator.statistics for norm, operator in self.schedule.graph.norms.items()}
+        self.journal.note(
+            Progress(
+                piece,
+                None if todo is None else tuple(todo),
+                None if moments is None else moments_as_numbers(moments.moments),
+                {node: self.scratch.name_of(store.data) for node, store in self.stores.items()},
+                {norm: (found[0].tolist(), found[1].tolist()) for norm, found in settled.items() if found is not None},
+                self.halvings,
+            )
+        )
 
     def free_all(self) -> None:
+        """Free what a run that was stopped leaves, unless it is to be resumed."""
+        if self.journal is not None:
+            return
         for data in {id(store.data): store.data for store in self.stores.values()}.values():
             self.scratch.free(data)
 
     def free_after(self, number: int) -> None:
         piece = self.schedule.pieces[number]
-        for source in piece.frees:
-            store = self.stores.pop(source)
+        dead = [self.stores.pop(source) for source in piece.frees]
+        if self.journal is not None:
+            self._note(number + 1, None, None)  # before what it does not need any more is gone
+        for store in dead:
             if piece.target not in self.stores or store.data is not self.stores[piece.target].data:
                 self.scratch.free(store.data)
 
+    def _begin(self, number: int, moments: ChannelMoments) -> deque[Region]:
+        """The blocks of a piece that are to be computed."""
+        blocks = smaller(self.schedule, self.halvings).blocks_of(number)
+        left, self._left = self._left, None
+        if left is None or left.todo is None:
+            return deque(blocks)
+        moments.moments = moments_of_numbers(left.moments)
+        for _ in range(len(blocks) - len(left.todo)):
+            self.progress()
+        return deque(left.todo)
+
     def piece(self, number: int, moments: ChannelMoments) -> None:
         piece = self.schedule.pieces[number]
-        todo = deque(smaller(self.schedule, self.halvings).blocks_of(number))
+        todo = self._begin(number, moments)
         while todo:
-            region = todo.popleft()
-            following = todo[0] if todo else None
+            block = todo.popleft()
+            region = self.schedule.computed(number, block)
+            following = self.schedule.computed(number, todo[0]) if todo else None
             try:
                 result = self._block(piece, region, following)
                 if piece.observed:
                     moments.add(result)
             except torch.OutOfMemoryError as error:
-                todo = deque(_halves([region, *todo], error))
+                todo = deque(_halves([block, *todo], error))
                 self.halvings += 1
                 self.transfer.forget()
                 continue  # once more; torch frees what it keeps before it gives up, so nothing else needs to be freed
-            self._keep(piece, region, result)
+            self._keep(piece, block, region, result)
             self.progress()
+            if self.journal is not None and todo and self.journal.is_due():
+                self._note(number, todo, moments)
         self.transfer.flush()
 
     def _block(self, piece: Piece, region: Region, following: Region | None) -> Tensor:
@@ -189,14 +250,17 @@ class _Run:
             for source in piece.sources
         }
 
-    def _keep(self, piece: Piece, region: Region, result: Tensor) -> None:
+    def _keep(self, piece: Piece, block: Region, region: Region, result: Tensor) -> None:
         if piece.stored:
             if piece.target not in self.stores:
                 self.stores[piece.target] = self._store(piece, result)
             on_device = self.stores[piece.target].data.device.type != "cpu"
             self.transfer.write(self.stores[piece.target].write, region, result, on_device=on_device)
         elif piece.target == len(self.schedule.graph.nodes) - 1:
-            self.transfer.write(self.sink, region, result)
+            self.transfer.write(self._hand_on, (block, region), result)
+
+    def _hand_on(self, where: tuple[Region, Region], values: Tensor) -> None:
+        self.sink(*where, values)
 
     def _store(self, piece: Piece, result: Tensor) -> StoredMap:
         """Memory for a piece's map: that of one that dies with this piece, or new."""

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from nnunet_norm.stages.graph import Graph
 from nnunet_norm.stages.pieces import Piece, divide, regions, scratch_peak, work
-from nnunet_norm.stages.regions import Region, block_shape, blocks, extent_of, intervals
+from nnunet_norm.stages.regions import Region, block_shape, blocks, clip, extent_of, intervals
 
 BLOCK_BYTES = 12 * 2**20
 """The widest map of a block on a CPU: below what its allocator hands back at once, and near to what its caches hold."""
@@ -29,6 +29,7 @@ class Schedule:
         block_shapes: per piece the extents of its blocks.
         itemsize: bytes of a number.
         shift: moves the grid of blocks, for measuring that it does not matter.
+        overlap: per axis, voxels after a block of the output that are computed with it, for whoever interpolates.
     """
 
     graph: Graph
@@ -37,11 +38,19 @@ class Schedule:
     block_shapes: tuple[tuple[int, ...], ...]
     itemsize: int
     shift: bool = False
+    overlap: tuple[int, ...] = ()
 
     def blocks_of(self, number: int) -> list[Region]:
-        """The blocks of a piece."""
+        """The blocks of a piece; they cover its map once."""
         shape, extents = self.block_shapes[number], self.extents[self.pieces[number].target]
         return list(blocks(extents, shape, [edge // 2 for edge in shape] if self.shift else None))
+
+    def computed(self, number: int, block: Region) -> Region:
+        """What is computed for a block of a piece: the block, and of the output the overlap after it."""
+        if number < len(self.pieces) - 1 or not self.overlap:
+            return block
+        beyond = tuple((start, stop + more) for (start, stop), more in zip(block, self.overlap, strict=True))
+        return clip(beyond, self.extents[self.pieces[number].target])
 
     @cached_property
     def steps(self) -> int:
@@ -94,7 +103,7 @@ class Schedule:
             (max((n - edge) // 2, 0), max((n - edge) // 2, 0) + min(n, edge))
             for n, edge in zip(self.extents[piece.target], self.block_shapes[number], strict=True)
         )
-        found = regions(self.graph, piece, middle, self.extents)
+        found = regions(self.graph, piece, self.computed(number, middle), self.extents)
         sizes = [self.graph.nodes[node].channels * math.prod(extent_of(region)) for node, region in found.items()]
         return (sum(sizes) + COPIES * max(sizes)) * self.itemsize
 
@@ -107,7 +116,7 @@ class Schedule:
             lengths = dict.fromkeys(piece.inner, 0)
             for interval in intervals(target[axis], shape[axis], shape[axis] // 2 if self.shift else 0):
                 along = tuple(interval if a == axis else (0, 1) for a in range(ndim))
-                found = regions(self.graph, piece, along, self.extents)
+                found = regions(self.graph, piece, self.computed(number, along), self.extents)
                 for node in piece.inner:
                     lengths[node] += found[node][axis][1] - found[node][axis][0]
             voxels = {node: voxels[node] * lengths[node] for node in piece.inner}
@@ -122,6 +131,7 @@ def make_schedule(
     store_first_level: bool = True,
     block_bytes: int = BLOCK_BYTES,
     shift: bool = False,
+    in_place: bool = True,
 ) -> Schedule:
     """Cut a network into pieces and the maps of an image into blocks.
 
@@ -132,11 +142,12 @@ def make_schedule(
         store_first_level: see ``divide``.
         block_bytes: the widest map of a block.
         shift: move the grid of blocks by half a block.
+        in_place: see ``divide``.
 
     Raises:
         ArchitectureError: an image that the network cannot take.
     """
-    pieces = divide(graph, store_first_level=store_first_level)
+    pieces = divide(graph, store_first_level=store_first_level, in_place=in_place)
     extents = tuple(graph.extents(shape))
     shapes = []
     for piece in pieces:

@@ -5,8 +5,8 @@ Maps lie channels last, so that a box of one is read in long runs, and is what t
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 FOLDER = f"nnunet_norm_scratch_{platform.node()}_"
 """Beginning of the name of a run's folder of scratch. On some shared file systems locks hold on one computer only, so each
 removes what its own runs left."""
-
-MANIFEST = "manifest.json"
-"""Describes the files of a run that can be resumed; nothing writes one yet."""
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -84,6 +81,14 @@ class Scratch:
         """Give the memory back."""
         del data
 
+    def name_of(self, data: Tensor) -> str:
+        """The name under which ``reopen`` finds a map; only of scratch on a disk."""
+        raise NotImplementedError
+
+    def reopen(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A map that another process left; one axis may be -1, as long as the file says. Only of scratch on a disk."""
+        raise NotImplementedError
+
 
 class ScratchOnDisk(Scratch):
     """Scratch in memory-mapped files of one folder, one file per map; a file is removed when its map is freed."""
@@ -92,7 +97,7 @@ class ScratchOnDisk(Scratch):
         super().__init__()
         self.folder = folder
         self._files: dict[int, Path] = {}
-        self._made = 0
+        self._made = max((int(path.stem.removeprefix("map_")) for path in folder.glob("map_*")), default=0)
 
     @property
     def is_on_disk(self) -> bool:
@@ -107,10 +112,10 @@ class ScratchOnDisk(Scratch):
         """
         count = torch.Size(shape).numel()
         self._made += 1
-        path = self.folder / f"map_{self._made}"
+        path = self.folder / f"map_{self._made}.{str(dtype).removeprefix('torch.')}"
         try:
             with path.open("wb") as file:
-                _reserve(file.fileno(), max(count * dtype.itemsize, 1))
+                reserve(file.fileno(), max(count * dtype.itemsize, 1))
             data = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(tuple(shape))
         except (OSError, RuntimeError) as error:
             path.unlink(missing_ok=True)
@@ -118,6 +123,28 @@ class ScratchOnDisk(Scratch):
                 f"scratch of {count * dtype.itemsize} bytes cannot be made in {str(self.folder)!r} "
                 f"({getattr(error, 'strerror', None) or error}): choose a --scratch folder with more room"
             ) from error
+        self._files[data.data_ptr()] = path
+        return data
+
+    def name_of(self, data: Tensor) -> str:
+        """See ``Scratch.name_of``."""
+        return self._files[data.data_ptr()].name
+
+    def reopen(self, name: str, shape: Sequence[int]) -> Tensor:
+        """See ``Scratch.reopen``.
+
+        Raises:
+            OutputError: there is no such file, or it is not of that size.
+        """
+        path = self.folder / name
+        dtype = getattr(torch, path.suffix.removeprefix("."), None)
+        count = path.stat().st_size // dtype.itemsize if isinstance(dtype, torch.dtype) and path.is_file() else 0
+        known = math.prod(edge for edge in shape if edge != -1)
+        if not count or count % known or (-1 not in shape and count != known):
+            raise OutputError(
+                f"scratch {str(path)!r} of the prediction that is to be continued is not whole: start it again"
+            )
+        data = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(tuple(shape))
         self._files[data.data_ptr()] = path
         return data
 
@@ -131,7 +158,7 @@ class ScratchOnDisk(Scratch):
             self._files.pop(data.data_ptr()).unlink()
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def reserve(descriptor: int, size: int) -> None:
     """Make a file of that size, on file systems that can without holes: a full disk shows here and not in a write."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
@@ -166,15 +193,13 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> list[Path]:
-    """Remove the scratch of runs that were killed: folders whose lock nobody holds, and no valid manifest describes.
+    """Remove the scratch of runs that were killed: folders whose lock nobody holds.
 
     Returns:
         The folders that were removed.
     """
     removed = []
     for folder in sorted(path for path in parent.glob(f"{FOLDER}*") if path.is_dir()):
-        if _is_described(folder):
-            continue
         try:
             with FileLock(_lock_of(folder), timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -189,12 +214,3 @@ def remove_abandoned(parent: Path) -> list[Path]:
 
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
-
-
-def _is_described(folder: Path) -> bool:
-    """Whether the manifest of a resumable run names files that are all there, whole."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False

@@ -61,7 +61,7 @@ def _difference(network: nn.Module, graph: Graph) -> float:
     schedule = replace(schedule, block_shapes=_halved(schedule))
     result: list[Tensor] = []
 
-    def sink(region: Region, values: Tensor) -> None:
+    def sink(_: Region, region: Region, values: Tensor) -> None:
         if not result:
             result.append(values.new_empty((1, values.shape[1], *shape), device="cpu"))
         result[0][index(region)] = values.cpu()

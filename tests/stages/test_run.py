@@ -168,7 +168,7 @@ def test_an_error_at_any_block_frees_every_map(case, tmp_path):
 def test_a_disk_that_fills_up_ends_the_run(case, tmp_path, monkeypatch):
     """The refusal of a map in the middle of a run is what the caller gets, and the maps before it are removed."""
     _, image, schedule = case
-    reserve, made = scratch_module._reserve, []
+    reserve, made = scratch_module.reserve, []
 
     def full(descriptor, size):
         made.append(size)
@@ -176,7 +176,7 @@ def test_a_disk_that_fills_up_ends_the_run(case, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         reserve(descriptor, size)
 
-    monkeypatch.setattr(scratch_module, "_reserve", full)
+    monkeypatch.setattr(scratch_module, "reserve", full)
     with scratch_folder(tmp_path) as folder:
         with pytest.raises(OutputError, match=r"scratch of \d+ bytes cannot be made .*No space left on device"):
             by_stages(schedule, image, scratch=ScratchOnDisk(folder))
@@ -198,7 +198,7 @@ def test_what_the_caller_gives_is_not_changed(case, place):
     _, image, schedule = case
     before, given, copies = image.clone(), [], []
 
-    def sink(region, values):
+    def sink(_, region, values):
         assert tuple(values.shape[2:]) == extent_of(region)
         given.append(values)
         copies.append(values.clone())

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from filelock import FileLock
 from nnunet_norm.errors import OutputError
 from nnunet_norm.stages import Scratch, ScratchOnDisk, scratch_folder
 from nnunet_norm.stages import scratch as scratch_module
-from nnunet_norm.stages.scratch import FOLDER, MANIFEST, StoredMap, remove_abandoned
+from nnunet_norm.stages.scratch import FOLDER, StoredMap, remove_abandoned
 
 RUN = """
 import sys, time
@@ -27,14 +26,12 @@ with scratch_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def left_behind(parent, name="dead", files=None):
-    """A folder of scratch as a killed run leaves it: a map, a lock file that nobody holds, and maybe a manifest."""
+def left_behind(parent, name="dead"):
+    """A folder of scratch as a killed run leaves it: a map, and a lock file that nobody holds."""
     folder = parent / f"{FOLDER}{name}"
     folder.mkdir()
-    (folder / "map_1").write_bytes(b"12345678")
+    (folder / "map_1.float32").write_bytes(b"12345678")
     folder.with_name(f"{folder.name}.lock").touch()
-    if files is not None:
-        (folder / MANIFEST).write_text(files if isinstance(files, str) else json.dumps({"files": files}))
     return folder
 
 
@@ -74,6 +71,46 @@ def test_a_file_is_as_large_as_its_map_and_goes_with_it(tmp_path):
         assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_map_is_found_again_by_its_name(tmp_path, dtype):
+    """What another process left, with one extent that the file tells; maps that are made then do not take its place."""
+    left = ScratchOnDisk(tmp_path)
+    data = left.allocate((6, 5, 3), dtype)
+    data.copy_(torch.randn(6, 5, 3))
+    name = left.name_of(data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+    other = ScratchOnDisk(tmp_path)
+    for shape in ((6, 5, 3), (-1, 5, 3), (6, 5, -1)):
+        found = other.reopen(name, shape)
+        assert found.dtype == dtype
+        assert torch.equal(found, data)
+    new = other.allocate((2,), dtype)
+    assert other.name_of(new) != other.name_of(found) == name
+    found[2, 1, 0] = 7
+    assert data[2, 1, 0] == 7
+    other.free(found)
+    other.free(new)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_that_is_not_as_it_was_is_refused(tmp_path):
+    """One that is gone, of another size, or of a kind that there is not: in one line with its name."""
+    scratch = ScratchOnDisk(tmp_path)
+    name = scratch.name_of(scratch.allocate((6, 5, 3), torch.float32))
+    (tmp_path / "map_2.words").write_bytes(bytes(360))
+    for wrong, shape in (
+        (name, (6, 5, 4)),
+        (name, (-1, 7, 3)),
+        ("map_2.words", (6, 5, 3)),
+        ("map_2", (6, 5, 3)),
+        ("map_9.float32", (6, 5, 3)),
+    ):
+        with pytest.raises(
+            OutputError, match=rf"scratch '.*/{re.escape(wrong)}' of the prediction .* is not whole: sta"
+        ):
+            scratch.reopen(wrong, shape)
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, SystemExit])
 def test_the_folder_vanishes_on_any_exit(tmp_path, error):
     """With everything in it and its lock; an error is not replaced by another."""
@@ -96,15 +133,15 @@ def test_scratch_of_a_living_run_is_left_alone_and_that_of_a_killed_one_removed(
     try:
         assert process.stdout is not None
         folder = tmp_path / process.stdout.readline().strip()
-        assert (folder / "map_1").stat().st_size == 4000
+        assert (folder / "map_1.float32").stat().st_size == 4000
         with scratch_folder(tmp_path) as own:
             assert own != folder
-            assert (folder / "map_1").exists()
+            assert (folder / "map_1.float32").exists()
         assert remove_abandoned(tmp_path) == []
     finally:
         process.kill()
         process.communicate()
-    assert (folder / "map_1").exists()
+    assert (folder / "map_1.float32").exists()
     with scratch_folder(tmp_path) as own:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([own.name, f"{own.name}.lock"])
     assert list(tmp_path.iterdir()) == []
@@ -117,27 +154,6 @@ def test_two_runs_of_one_process_do_not_remove_each_other(tmp_path):
             assert first.is_dir()
             assert second.is_dir()
         assert first.is_dir()
-
-
-@pytest.mark.parametrize(
-    ("files", "kept"),
-    [
-        ({"map_1": 8}, True),
-        ({"map_1": 8, "map_2": 4}, False),
-        ({"map_1": 9}, False),
-        ({}, False),
-        ("no json", False),
-        ('{"other": 1}', False),
-        ("[1, 2]", False),
-        (None, False),
-    ],
-)
-def test_a_valid_manifest_keeps_a_folder(tmp_path, files, kept):
-    """Files that are all there, whole, belong to a run that can be resumed; a manifest that lies does not count."""
-    folder = left_behind(tmp_path, files=files)
-    removed = remove_abandoned(tmp_path)
-    assert removed == ([] if kept else [folder])
-    assert folder.exists() == kept
 
 
 def test_nothing_else_is_removed(tmp_path):
@@ -165,7 +181,7 @@ def test_scratch_of_another_user_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch_module, "FileLock", Lock)
     with scratch_folder(tmp_path) as folder:
         assert folder.is_dir()
-    assert (foreign / "map_1").exists()
+    assert (foreign / "map_1.float32").exists()
 
 
 def test_a_full_disk_is_refused_at_once(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def collected(shape):
     """(result, sink): NaN where nothing was written, and an error where something is written twice."""
     result = []
 
-    def sink(region, values):
+    def sink(_, region, values):
         if not result:
             result.append(torch.full((1, values.shape[1], *shape), torch.nan, dtype=values.dtype))
         assert result[0][index(region)].isnan().all()
