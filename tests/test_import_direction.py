@@ -15,6 +15,7 @@ RANKS = {
     "layers": 1,
     "metrics": 1,
     "receptive_field": 1,
+    "submission": 1,
     "tiling": 1,
     "stages": 2,
     "statistics": 3,
@@ -22,10 +23,12 @@ RANKS = {
     "experimental_batches": 4,
     "planning": 4,
     "training": 5,
+    "volumes": 5,
     "prediction": 5,
     "commands": 6,
     "cli": 6,
     "demo": 6,
+    "diagnosis": 6,
 }
 """A part imports parts of its own rank or below; in a circle they may not import each other at any rank."""
 
@@ -35,6 +38,7 @@ WITHOUT_NNUNET = {
     "layers": {"torch"},
     "metrics": {"torch", "numpy", "scipy"},
     "receptive_field": {"torch", "numpy", "scipy"},
+    "submission": set(),
     "tiling": {"torch", "numpy", "scipy"},
     "stages": {"torch", "filelock"},
     "statistics": {"torch", "tqdm"},
