@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,25 @@ _SIGMAS = 3.0  # Buglakova et al. 2025: the halo is three standard deviations of
 
 Profile = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Offsets from the output voxel and the mean absolute gradient there."""
+
+
+@dataclass(frozen=True)
+class EffectiveField:
+    """How far the gradient of real outputs extends.
+
+    Attributes:
+        halo: (before, after) per spatial axis, in voxels; see ``effective``.
+        gradient: mean absolute gradient of an output voxel with respect to the input, over the offset from the output
+            voxel: ``(*spatial)``, summed over channels, averaged over tiles and phases. Only offsets that every output voxel
+            could see.
+        origin: index of offset 0 in ``gradient``.
+        num_gradients: how many gradients were averaged.
+    """
+
+    halo: tuple[tuple[int, int], ...]
+    gradient: NDArray[np.float64]
+    origin: tuple[int, ...]
+    num_gradients: int
 
 
 def effective(network: nn.Module, inputs: torch.Tensor) -> tuple[tuple[int, int], ...]:
@@ -47,27 +67,63 @@ def effective(network: nn.Module, inputs: torch.Tensor) -> tuple[tuple[int, int]
     References:
         Buglakova et al. 2025, section 3.1; Luo et al. 2016, arXiv:1701.04128 (effective receptive field).
     """
+    return measure_effective(network, inputs).halo
+
+
+def measure_effective(
+    network: nn.Module, inputs: torch.Tensor, *, stride: Sequence[int] | None = None
+) -> EffectiveField:
+    """The effective receptive field, with the map of the mean absolute gradient that it is fitted to.
+
+    Args:
+        network: see ``effective``.
+        inputs: see ``effective``.
+        stride: total stride per axis; None: traced. For a network that cannot be traced at any extent.
+
+    Raises:
+        ArchitectureError: see ``effective``.
+
+    References:
+        Buglakova et al. 2025, figure 4 (the map).
+    """
     network = unwrapped(network)
     kind = type(network).__name__
     if inputs.ndim < 3 or inputs.shape[0] == 0:
         raise ArchitectureError(
             f"inputs of shape {tuple(inputs.shape)} are no tiles: give (N, C, *spatial) with N >= 1"
         )
-    stride = trace(network, inputs.shape[1], inputs.ndim - 2).stride
-    profiles = _profiles(network, kind, inputs, stride)
-    return tuple(_halo(kind, axis, profile) for axis, profile in enumerate(profiles))
+    stride = trace(network, inputs.shape[1], inputs.ndim - 2).stride if stride is None else stride
+    voxels = _central_voxels(inputs.shape[2:], stride)
+    profiles, total = _profiles(network, kind, inputs, voxels)
+    return EffectiveField(
+        halo=tuple(_halo(kind, axis, profile) for axis, profile in enumerate(profiles)),
+        gradient=total / (len(inputs) * len(voxels)),
+        origin=tuple(-int(offsets[0]) for offsets, _ in profiles),
+        num_gradients=len(inputs) * len(voxels),
+    )
 
 
-def _profiles(network: nn.Module, kind: str, inputs: torch.Tensor, stride: Sequence[int]) -> list[Profile]:
-    """Mean absolute gradient per axis over the offset from the output voxel."""
+def _profiles(
+    network: nn.Module, kind: str, inputs: torch.Tensor, voxels: Sequence[tuple[int, ...]]
+) -> tuple[list[Profile], NDArray[np.float64]]:
+    """Absolute gradients over the offset from the output voxel: a profile per axis, and the map, summed over all."""
     extent = inputs.shape[2:]
     sums = [np.zeros(2 * n + 1) for n in extent]  # index n is offset 0
-    voxels = _central_voxels(extent, stride)
+    firsts, lasts = zip(
+        *(
+            (max(-p for p in at), min(n - 1 - p for p in at))
+            for at, n in zip(zip(*voxels, strict=True), extent, strict=True)
+        ),
+        strict=True,
+    )
+    total = np.zeros([last - first + 1 for first, last in zip(firsts, lasts, strict=True)])
     with eval_mode(network), torch.inference_mode(False), torch.enable_grad():
         for tile in inputs:
             for voxel, gradient in zip(voxels, _gradients(network, tile[None], voxels), strict=True):
                 if not torch.isfinite(gradient).all():
                     raise ArchitectureError(f"the gradient of {kind} is not finite for an input of {tuple(extent)}")
+                shared = [slice(p + a, p + b + 1) for p, a, b in zip(voxel, firsts, lasts, strict=True)]
+                total += gradient[tuple(shared)].numpy()
                 for axis, n in enumerate(extent):
                     others = [d for d in range(gradient.ndim) if d != axis]
                     marginal = gradient.sum(others) if others else gradient
@@ -77,11 +133,11 @@ def _profiles(network: nn.Module, kind: str, inputs: torch.Tensor, stride: Seque
             f"the gradient of {kind} vanishes in the middle of all {len(inputs)} inputs of {tuple(extent)}: "
             "give real tiles and a trained network"
         )
-    profiles = []
-    for axis, n in enumerate(extent):  # only offsets that every voxel could see
-        first, last = max(-v[axis] for v in voxels), min(n - 1 - v[axis] for v in voxels)
-        profiles.append((np.arange(first, last + 1), sums[axis][n + first : n + last + 1]))
-    return profiles
+    profiles = [  # only offsets that every voxel could see
+        (np.arange(first, last + 1), values[n + first : n + last + 1])
+        for n, first, last, values in zip(extent, firsts, lasts, sums, strict=True)
+    ]
+    return profiles, total
 
 
 def _central_voxels(extent: Sequence[int], stride: Sequence[int]) -> list[tuple[int, ...]]:

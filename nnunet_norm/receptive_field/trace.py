@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -46,7 +46,13 @@ class ReceptiveField:
     unbounded: str | None
 
 
-def trace(network: nn.Module, input_channels: int | None = None, ndim: int | None = None) -> ReceptiveField:
+def trace(
+    network: nn.Module,
+    input_channels: int | None = None,
+    ndim: int | None = None,
+    *,
+    extent: Sequence[int] | None = None,
+) -> ReceptiveField:
     """Total stride and theoretical reach of a network in eval mode.
 
     The network's own ``forward`` is run on tensors without data; for every activation and axis the tracer keeps the
@@ -59,10 +65,12 @@ def trace(network: nn.Module, input_channels: int | None = None, ndim: int | Non
         network: any module from ``(N, C, *spatial)`` to ``(N, classes, *spatial)`` of the same extent.
         input_channels: C; None: that of the first convolution.
         ndim: number of spatial axes; None: that of the first convolution.
+        extent: of the only input that the network takes, as a transformer with a position embedding does. Its reach must
+            be seen within; one that is not bounded is reported as 0 where the ends of an axis hide the rest.
 
     Raises:
         ArchitectureError: the network cannot be run on an image of any extent, its output does not lie on the input's
-            grid or does not depend on the input, or its reach exceeds 65536 voxels.
+            grid or does not depend on the input, or its reach exceeds 65536 voxels or the extent that was given.
 
     References:
         Majurski and Bajcsy 2021, doi 10.6028/jres.126.009 (receptive field and exact tiling).
@@ -71,14 +79,14 @@ def trace(network: nn.Module, input_channels: int | None = None, ndim: int | Non
     kind = type(network).__name__
     channels, axes = _input_layout(network, input_channels, ndim)
     weight = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    shape = (_FIRST_LENGTH,) * axes
+    shape = (_FIRST_LENGTH,) * axes if extent is None else tuple(extent)
     with eval_mode(network):
-        while max(shape) <= _LONGEST:
+        while extent is not None or max(shape) <= _LONGEST:
             tracer, output, error = run_without_data(network, (1, channels, *shape), weight.dtype, weight.device)
             tensor = first_output(output) if error is None else None
             dependence = tracer.dependence(tensor) if tensor is not None else None
             strides = tracer.strides if dependence is None else dependence.period
-            if any(n % s for n, s in zip(shape, strides, strict=True)):
+            if extent is None and any(n % s for n, s in zip(shape, strides, strict=True)):
                 multiples = [lcm(s, _FIRST_LENGTH // 16) for s in strides]
                 shape = tuple(-(-n // m) * m for n, m in zip(shape, multiples, strict=True))
                 continue
@@ -87,9 +95,11 @@ def trace(network: nn.Module, input_channels: int | None = None, ndim: int | Non
                 raise ArchitectureError(
                     f"{kind} cannot be run on an input of {(1, channels, *shape)}: {reason}"
                 ) from error
-            field = _field(kind, dependence, tuple(tensor.shape[2:]), shape)
+            field = _field(kind, dependence, tuple(tensor.shape[2:]), shape, at_least=extent is not None)
             if field is not None:
                 return field
+            if extent is not None:
+                raise ArchitectureError(f"the reach of {kind} exceeds half of {shape}, the one extent that it takes")
             shape = tuple(2 * n for n in shape)
     raise ArchitectureError(f"the reach or total stride of {kind} exceeds {_LONGEST} voxels: choose a halo yourself")
 
@@ -170,9 +180,12 @@ def _input_layout(network: nn.Module, input_channels: int | None, ndim: int | No
 
 
 def _field(
-    kind: str, dependence: Dependence | None, extent: tuple[int, ...], shape: tuple[int, ...]
+    kind: str, dependence: Dependence | None, extent: tuple[int, ...], shape: tuple[int, ...], *, at_least: bool
 ) -> ReceptiveField | None:
-    """The result for a network of class ``kind``, or None if the ends of an axis were noticed in its middle."""
+    """The result for a network of class ``kind``, or None if the ends of an axis were noticed in its middle.
+
+    With ``at_least``, a reach that is not bounded anyway is 0 where the ends were noticed.
+    """
     if dependence is None:
         raise ArchitectureError(f"the output of {kind} does not depend on its input")
     if extent != shape:
@@ -183,6 +196,8 @@ def _field(
         if axis is None and dependence.unbounded is None:
             raise ArchitectureError(f"the output of {kind} does not vary along axis {number}")
         reach = _reach(axis, stride) if axis is not None else ((0, 0), (0, 0))
+        if reach is None and at_least and dependence.unbounded is not None:
+            reach = (0, 0), (0, 0)
         if reach is None:
             return None
         aligned.append(reach[0])

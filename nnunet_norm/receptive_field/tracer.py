@@ -21,6 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nnunet_norm.receptive_field.intervals import Dependence, input_dependence, merged_history, union
 from nnunet_norm.receptive_field.operators import CREATE, Call, dependence_of
 
+_BEFORE_ALL = 1 << 40
+"""Larger than the number of any operator."""
+
 
 class Tracer(TorchDispatchMode):
     """Keeps the ``Dependence`` of every living tensor that depends on the network's input.
@@ -94,8 +97,12 @@ class Tracer(TorchDispatchMode):
         found = dependence_of(call)
         if found is None:
             self._order += 1
-            unbounded = history.unbounded or (self._order, f"{layer or 'network'} ({kind}: {name})")
-            found = replace(history, unbounded=unbounded)
+            cause = (self._order, f"{layer or 'network'} ({kind}: {name})")
+            if history.unbounded is not None and _is_attention(layer, kind, name):
+                cause = _attention_instead(history.unbounded, cause)
+            else:
+                cause = history.unbounded or cause
+            found = replace(history, unbounded=cause)
         elif len(inputs) > 1:
             found = replace(merged_history([found, history]), axes=found.axes)
         self.strides = tuple(lcm(a, b) for a, b in zip(self.strides, _whole_scales(found), strict=True))
@@ -162,6 +169,20 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def _is_attention(layer: str, kind: str, name: str) -> bool:
+    """Whether an operator whose reach is not known is where tokens see each other."""
+    return name.startswith("_scaled_dot_product") or (
+        name in ("_softmax", "bmm") and any("att" in word.lower() for word in (layer.rpartition(".")[2], kind))
+    )
+
+
+def _attention_instead(cause: tuple[int, str], attention: tuple[int, str]) -> tuple[int, str]:
+    """The attention, where all that was wrong before it is that voxels were laid out as tokens; before all else then."""
+    order, description = cause
+    layout = description.removesuffix(")").rpartition(": ")[2] in ("view", "_unsafe_view", "reshape", "permute", "roll")
+    return (order - _BEFORE_ALL, attention[1]) if layout and order > 0 else cause
 
 
 def _bind(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
