@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     folder = model_folder(args)
     from nnunet_norm.prediction.stock_model import TRAINER, stock_export  # nnU-Net takes seconds to import
 
-    export = stock_export(folder, args.f, args.chk, args.plans_name)
+    export = stock_export(folder, args.f, args.chk, args.plans_name, trust_checkpoint=args.trust_checkpoint)
     target = args.o if args.o is not None else _folder_in_results(args, folder, export)
     export.write(target)
     use = how_to_predict(
@@ -97,5 +97,5 @@ def _export_pretrained(args: argparse.Namespace) -> None:
     from nnunet_norm.training.pretrained import export_pretrained
 
     check_model_folder(folder, folds, args.chk)
-    export_pretrained(folder, folds[0], args.chk, args.o)
+    export_pretrained(folder, folds[0], args.chk, args.o, trust_checkpoint=args.trust_checkpoint)
     print(f"{args.o}: pretrained weights of {folder}, fold {folds[0]}, for nnUNetv2_train -pretrained_weights")

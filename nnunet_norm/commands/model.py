@@ -18,6 +18,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
     parser.add_argument("-c", metavar="CONFIGURATION", help="for example 3d_fullres")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="NAME", help="default: checkpoint_final.pth")
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="let the model run code of its own when it is read; without it, such a model is refused",
+    )
 
 
 def fold(text: str) -> int | str:

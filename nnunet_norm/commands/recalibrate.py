@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
             scratch=args.scratch,
             max_memory=max_memory,
             progress=not args.disable_progress_bar,
+            trust_checkpoint=args.trust_checkpoint,
         )
         targets = recalibration.targets(
             args.i,

@@ -6,53 +6,31 @@ What goes through the network, and how, is left as it is; ``HaloPredictor`` chan
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
-from torch import nn
-from tqdm import tqdm
 
-from nnunet_norm.errors import InputImageError, TilingError
 from nnunet_norm.prediction import checks
-from nnunet_norm.prediction.export import export_prediction_atomically
+from nnunet_norm.prediction.items import ItemPredictor
 from nnunet_norm.prediction.model_folder import check_model_folder, model_errors, trainers_on_search_path
-from nnunet_norm.prediction.workers import PreprocessedCases, PreprocessedGroups, Preprocessing, Workers
-from nnunet_norm.receptive_field.trace import unwrapped
+from nnunet_norm.prediction.safe_loading import check_architecture, restricted_loading
+from nnunet_norm.prediction.work_folder import remove_finished
+from nnunet_norm.prediction.workers import PreprocessedCases, PreprocessedGroups, Preprocessing
 from nnunet_norm.writing import write_json
 
 RECORD = "halo_prediction"
 """Beginning of the name of the file that tells how each case was predicted."""
 
 
-class CasePredictor(nnUNetPredictor):
+class CasePredictor(ItemPredictor):
     """nnU-Net's predictor, hardened at its borders: the model folder, the images that come in, the files that go out."""
 
-    record_file: Path | None = None
-    """Where to tell how each case was predicted, while files are predicted."""
-
-    @property
-    def bare_network(self) -> nn.Module:
-        """The network without the wrappers of DDP and torch.compile.
-
-        Under DDP a wrapped forward would broadcast buffers while ranks predict different numbers of tiles.
-        """
-        return unwrapped(self.network)
-
-    def record(self) -> dict[str, Any] | None:
-        """How the last image was predicted, for the record beside the predictions; None if there is nothing to tell."""
-        return None
+    trust_checkpoint: bool = False
+    """Whether a model's checkpoint and plans may run code of their own when they are read."""
 
     def initialize_from_trained_model_folder(
         self,
@@ -68,12 +46,15 @@ class CasePredictor(nnUNetPredictor):
             checkpoint_name: the checkpoint's file name in every fold.
 
         Raises:
-            ModelFolderError: something is missing, or a checkpoint does not fit the network of the plans.
+            ModelFolderError: something is missing, or a checkpoint does not fit the network of the plans; or the model would
+                run code of its own, unless ``trust_checkpoint``.
             SetupError: the model's trainer cannot be found.
         """
         check_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+        if not self.trust_checkpoint:
+            check_architecture(model_training_output_dir)
         with model_errors(model_training_output_dir):
-            with trainers_on_search_path():
+            with trainers_on_search_path(), restricted_loading(trust=self.trust_checkpoint):
                 super().initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
             # The first fold's weights were loaded; now it shows whether the others fit, not after the first image.
             for weights in (*self.list_of_parameters[1:], self.list_of_parameters[0]):
@@ -115,6 +96,8 @@ class CasePredictor(nnUNetPredictor):
         inputs, outputs, previous = self._manage_input_and_output_lists(
             cases, output, folder_with_segs_from_prev_stage, overwrite, part_id, num_parts, save_probabilities
         )
+        if isinstance(output, str) and not overwrite:
+            self._remove_what_is_left(cases, output)
         if not inputs:
             return []
         part = f"_part_{part_id}" if num_parts > 1 else ""
@@ -122,7 +105,7 @@ class CasePredictor(nnUNetPredictor):
             iterator = self._internal_get_data_iterator_from_lists_of_filenames(
                 inputs, previous, outputs, num_processes_preprocessing
             )
-            with self._recording(output, part, overwrite=overwrite):
+            with self._recording(output, part, overwrite=overwrite), self._continuing(resume=not overwrite):
                 return self.predict_from_data_iterator(iterator, save_probabilities, num_processes_segmentation_export)
 
     def predict_from_files_sequential(
@@ -142,60 +125,6 @@ class CasePredictor(nnUNetPredictor):
             0,
             0,
             folder_with_segs_from_prev_stage,
-        )
-
-    def predict_from_data_iterator(
-        self,
-        data_iterator: Iterable[dict[str, Any]],
-        save_probabilities: bool = False,
-        num_processes_segmentation_export: int = default_num_processes,
-    ) -> list[Any]:
-        """Predict what the iterator yields: dicts with ``data`` (C, x, y, z), ``data_properties`` and ``ofile``.
-
-        Returns:
-            Per predicted case None if it was written to ``ofile``; where that is None, the segmentation (with
-            probabilities: both) at the image's original shape.
-
-        Raises:
-            InputImageError: at the end, the cases that were left out.
-            OutputError: a file cannot be written.
-        """
-        failures: list[str] = []
-        futures: list[Future[Any]] = []
-        with Workers(num_processes_segmentation_export, "segmentation export", "-nps") as workers:
-            for item in data_iterator:
-                for done in [future for future in futures if future.done()]:
-                    workers.result(done)  # an export that failed ends the run now
-                try:
-                    logits = self.predict_logits_from_preprocessed_data(_loaded(item["data"]))
-                except (InputImageError, TilingError) as error:  # options that suit no image were refused before
-                    failures.append(f"case {os.path.basename(item['ofile'] or '')!r}: {error}")
-                    continue
-                futures.append(self._export(workers, logits, item, save_probabilities))
-                self._note(item["ofile"])
-            results = [workers.result(f) for f in tqdm(futures, desc="writing", disable=not self.allow_tqdm)]
-        if isinstance(data_iterator, MultiThreadedAugmenter):
-            data_iterator._finish()
-        if isinstance(data_iterator, PreprocessedCases | PreprocessedGroups):
-            failures += data_iterator.failures
-        empty_cache(self.device)
-        if failures:
-            count = f"{len(failures)} case{'s' * (len(failures) != 1)}"
-            raise InputImageError(f"{count} not predicted (the others are): {'; '.join(failures)}")
-        return data_iterator.in_order(results) if isinstance(data_iterator, PreprocessedGroups) else results
-
-    def _export(self, workers: Workers, logits: torch.Tensor, item: dict[str, Any], probabilities: bool) -> Future[Any]:
-        """Resample, and write or return. As numpy: tensors share memory between processes, which runs out."""
-        array, properties = logits.detach().cpu().numpy(), item["data_properties"]
-        plans, configuration = self.plans_manager, self.configuration_manager
-        if item["ofile"] is None:
-            return workers.submit(
-                convert_predicted_logits_to_segmentation_with_correct_shape,
-                *(array, plans, configuration, self.label_manager, properties, probabilities),
-            )
-        return workers.submit(
-            export_prediction_atomically,
-            *(array, properties, configuration, plans, self.dataset_json, item["ofile"], probabilities),
         )
 
     def _internal_get_data_iterator_from_lists_of_filenames(
@@ -258,6 +187,21 @@ class CasePredictor(nnUNetPredictor):
         write_json(folder / "dataset.json", self.dataset_json)
         write_json(folder / "plans.json", self.plans_manager.plans)
 
+    def _remove_what_is_left(self, cases: list[list[str]], output: str) -> None:
+        """Remove the work folders of cases that are finished, whose process was killed before it could."""
+        ending = self.dataset_json["file_ending"]
+        targets = [os.path.join(output, checks.case_name(case, ending)) for case in cases]
+        remove_finished(self.work_parent or output, [path for path in targets if os.path.isfile(path + ending)])
+
+    @contextmanager
+    def _continuing(self, *, resume: bool) -> Iterator[None]:
+        """Inside, cases are continued where a killed process left them, if that is wanted."""
+        self.resume = resume
+        try:
+            yield
+        finally:
+            self.resume = False
+
     @contextmanager
     def _recording(self, output: str | list[str] | None, part: str, *, overwrite: bool) -> Iterator[None]:
         """Tell inside how each case was predicted, in a file of this part's own; a continued one keeps what it tells."""
@@ -270,24 +214,7 @@ class CasePredictor(nnUNetPredictor):
         finally:
             self.record_file = None
 
-    def _note(self, output: str | None) -> None:
-        """Add how the case was predicted to the record."""
-        how = self.record()
-        if self.record_file is None or output is None or how is None:
-            return
-        cases = load_json(str(self.record_file)) if self.record_file.is_file() else {}
-        write_json(self.record_file, cases | {os.path.basename(output): how})
-
 
 def _folder_of(output: str | list[str]) -> str:
     """The output folder, which is named itself or is that of the first file."""
     return output if isinstance(output, str) else os.path.dirname(output[0]) or os.curdir
-
-
-def _loaded(data: torch.Tensor | str) -> torch.Tensor:
-    """The image; nnU-Net's iterators may hand over the name of a file, to be removed when it is read."""
-    if not isinstance(data, str):
-        return data
-    image = torch.from_numpy(np.load(data))
-    os.remove(data)
-    return image

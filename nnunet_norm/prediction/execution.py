@@ -1,4 +1,4 @@
-"""How a prediction is carried out, behind a narrow interface, and the plan that cuts the image into tiles.
+"""How a prediction is carried out, behind a narrow interface.
 
 The predictor knows networks, devices and mirroring; an execution plan knows which part of the image goes through the
 network when, and what of the output is kept. Neither knows the other's business.
@@ -8,22 +8,94 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_norm.prediction.halo import Decision
-from nnunet_norm.tiling import Box, Tile, plan_tiles
+from nnunet_norm.prediction.journal import RunJournal
+from nnunet_norm.stages.regions import block_shape, blocks, clip, slices
+from nnunet_norm.stages.scratch import Scratch
+from nnunet_norm.tiling import Box
 
 Forward = Callable[[Tensor], Tensor]
 """(1, C, *spatial) -> logits (1, K, *spatial), mirrored passes averaged; spatial extents are multiples of the stride."""
 
+STREAMED_BYTES = 16 * 2**20
+"""Logits that are handed on at a time where they were added up before."""
+
+Place = tuple[int | slice, ...]
+"""Indices and slices of an image, one per axis."""
+
+
+class Image(Protocol):
+    """An image (C, *spatial) that is read where it is needed: a tensor, or a volume on a disk."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Extents, channels first."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes, that of channels included."""
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        """A part of it, by slices and indices."""
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The network with the weights of one fold of the model after another; by default with those that it has.
+
+    Attributes:
+        forward: the network, with the weights that it has now.
+        count: how many folds are averaged.
+        use: gives the network the weights of a fold, by its number.
+    """
+
+    forward: Forward
+    count: int = 1
+    use: Callable[[int], None] = lambda number: None
+
+    def mean(self, batch: Tensor) -> Tensor:
+        """Logits of a batch, averaged over the folds."""
+        total: Tensor | None = None
+        for number in range(self.count):
+            self.use(number)
+            logits = self.forward(batch)
+            total = logits if total is None else total + logits
+        assert total is not None
+        return total / self.count if self.count > 1 else total
+
+
+class Sink(Protocol):
+    """Takes the logits of an image, box by box."""
+
+    @property
+    def overlap(self) -> Sequence[int]:
+        """Per axis of the image, how many voxels after a box must come with it (fewer at the far end of the image)."""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether it takes the logits of mirrored passes and folds one by one, and adds them up."""
+
+    def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
+        """Take logits.
+
+        Args:
+            place: where they lie.
+            logits: (K, *box), on any device.
+            weight: of this pass among those that are averaged; 1 unless the sink adds up.
+            core: the box itself; ``place`` is larger by the overlap. None: they are the same.
+        """
+
 
 class Result:
-    """Logits (K, *extents) of an image, added up over mirrored passes and folds."""
+    """Logits (K, *extents) of an image or of a part of it, added up over mirrored passes and folds."""
+
+    adds_up = True
 
     def __init__(
         self,
@@ -31,36 +103,47 @@ class Result:
         allocate: Callable[[Sequence[int], torch.dtype], Tensor] = lambda shape, dtype: torch.zeros(
             *shape, dtype=dtype
         ),
-        weight: float = 1.0,
     ) -> None:
         """Begin with nothing.
 
         Args:
             extents: of the image.
             allocate: gives zeroed memory, where the result shall lie.
-            weight: of everything that is added: 1 / folds.
         """
         self.extents = tuple(extents)
-        self.weight = weight
+        self.overlap = (0,) * len(self.extents)
         self.dtype: torch.dtype | None = None
         self._allocate = allocate
         self._sum: Tensor | None = None
 
-    def add(self, place: tuple[int | slice, ...], logits: Tensor, weight: float = 1.0) -> None:
-        """Add logits (K, *box) to the box; they are kept in single precision or better.
+    def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
+        """See ``Sink.add``; logits are kept in single precision or better, and ``dtype`` tells that of the first."""
+        assert core is None or core == place
+        total = self._memory(logits)
+        logits = logits.to(total.device, total.dtype)
+        total[(slice(None), *place)] += logits if weight == 1 else logits * weight
 
-        Args:
-            place: indices and slices of the image.
-            logits: on any device; the precision of the first is told by ``dtype``.
-            weight: of this pass among those that are averaged.
-        """
+    def put(self, place: Place, logits: Tensor) -> None:
+        """Put logits in their place, whatever was there."""
+        total = self._memory(logits)
+        total[(slice(None), *place)] = logits.to(total.device, total.dtype)
+
+    def _memory(self, logits: Tensor) -> Tensor:
+        self.dtype = self.dtype or logits.dtype
+        return self.reserve(len(logits), logits.dtype)
+
+    def reserve(self, channels: int, dtype: torch.dtype) -> Tensor:
+        """The memory, also before anything is given."""
         if self._sum is None:
-            self.dtype = logits.dtype
-            self._sum = self._allocate((len(logits), *self.extents), torch.promote_types(logits.dtype, torch.float32))
-        logits = logits.to(self._sum.device, self._sum.dtype)
-        if self.weight * weight != 1:
-            logits = logits * (self.weight * weight)
-        self._sum[(slice(None), *place)] += logits
+            self._sum = self._allocate((channels, *self.extents), torch.promote_types(dtype, torch.float32))
+        return self._sum
+
+    @classmethod
+    def reopened(cls, extents: Sequence[int], scratch: Scratch, name: str) -> Result:
+        """A result that another process left in scratch."""
+        result = cls(extents, scratch.zeros)
+        result._sum = scratch.reopen(name, (-1, *extents))
+        return result
 
     @property
     def logits(self) -> Tensor:
@@ -69,12 +152,35 @@ class Result:
         return self._sum
 
 
+class PartOf:
+    """The part of a sink that a plane of a stack is; see ``planes``."""
+
+    def __init__(self, sink: Sink, index: tuple[int, ...]) -> None:
+        assert not any(sink.overlap[: len(index)]), "planes of a stack are resampled one by one"
+        self.sink, self.index = sink, index
+        self.overlap = tuple(sink.overlap[len(index) :])
+        self.adds_up = sink.adds_up
+
+    def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
+        """See ``Sink.add``."""
+        self.sink.add((*self.index, *place), logits, weight, None if core is None else (*self.index, *core))
+
+
+def stream(logits: Tensor, sink: Sink) -> None:
+    """Give logits (K, *extents) that are added up to a sink, box by box."""
+    extents = tuple(logits.shape[1:])
+    most = STREAMED_BYTES / (len(logits) * logits.dtype.itemsize)
+    for region in blocks(extents, block_shape(extents, most)):
+        beyond = tuple((start, stop + more) for (start, stop), more in zip(region, sink.overlap, strict=True))
+        place = slices(clip(beyond, extents))
+        sink.add(place, logits[(slice(None), *place)], core=slices(region))
+
+
 class ExecutionPlan(Protocol):
     """One way to predict one image."""
 
-    @property
-    def steps(self) -> int:
-        """How often ``progress`` is called."""
+    def steps(self, folds: int) -> int:
+        """How often ``progress`` is called for a number of folds."""
 
     def describe(self) -> str:
         """The plan for the user, in one line."""
@@ -82,61 +188,23 @@ class ExecutionPlan(Protocol):
     def as_dict(self) -> dict[str, Any]:
         """The plan for a JSON file; ``plan`` is its name."""
 
-    def run(self, forward: Forward, image: Tensor, result: Result, progress: Callable[[], object]) -> None:
+    def run(
+        self,
+        folds: Folds,
+        image: Image,
+        sink: Sink,
+        progress: Callable[[], object],
+        journal: RunJournal | None = None,
+    ) -> None:
         """Predict.
 
         Args:
-            forward: the network; takes its input from any device.
+            folds: the network; takes its input from any device.
             image: (C, *spatial), or (C, Z, *spatial) for a 2d network that takes a stack slice by slice.
-            result: takes the logits.
+            sink: takes the logits.
             progress: called after every step.
+            journal: takes the points from which another process can go on, and gives the one to begin at.
         """
-
-
-class TilesPlan:
-    """Overlapping tiles on the grid of the total stride; the halo is cut away and every voxel written once."""
-
-    def __init__(self, decision: Decision, shape: tuple[int, ...], reason: str = "") -> None:
-        """Lay out the tiles.
-
-        Args:
-            decision: tile size and halo.
-            shape: what is cut into tiles, at least the image's shape; the network sees zeros beyond the image.
-            reason: why the image is predicted in tiles.
-        """
-        self.decision = decision
-        self.shape = shape
-        self.reason = reason
-
-    @cached_property
-    def tiles(self) -> list[Tile]:
-        """The tiles of an image, or of one slice of a stack."""
-        return plan_tiles(self.shape, self.decision.tile_size, self.decision.halo, self.decision.stride)
-
-    @property
-    def steps(self) -> int:
-        """One step per tile."""
-        return self.decision.tiles
-
-    def describe(self) -> str:
-        """See ``Decision.describe``."""
-        return self.decision.describe() + (f"; in tiles because {self.reason}" if self.reason else "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """See ``Decision.as_dict``; with whose statistics, and why in tiles."""
-        population = "tile" if self.decision.statistics == "tile" else "stored"
-        return self.decision.as_dict() | {"population": population, "why_tiles": self.reason or None}
-
-    def run(
-        self, forward: Forward, image: Tensor, result: Result, progress: Callable[[], object] = lambda: None
-    ) -> None:
-        """See ``ExecutionPlan.run``."""
-        for index, plane in planes(image, len(self.shape)):
-            for tile in self.tiles:
-                logits = forward(read(plane, tile.read))[0]
-                core, write = _within(tile, plane.shape[1:])
-                result.add((*index, *write), logits[(slice(None), *core)])
-                progress()
 
 
 def flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -144,25 +212,25 @@ def flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
     return [flip for count in range(len(axes) + 1) for flip in itertools.combinations(axes, count)]
 
 
-def planes(image: Tensor, ndim: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """What the network takes at a time: (index of a slice, slice) for a stack and a 2d network, else the image itself."""
-    if image.ndim == ndim + 1:
-        yield (), image
-    else:
-        for z in range(image.shape[1]):
+def planes(image: Image, ndim: int, first: int = 0) -> Iterator[tuple[tuple[int, ...], Image]]:
+    """What the network takes at a time: (index of a slice, slice) for a stack and a 2d network, else the image itself.
+
+    Args:
+        image: (C, *spatial), or (C, Z, *spatial).
+        ndim: spatial axes of the network.
+        first: how many are left out.
+    """
+    if image.ndim != ndim + 1:
+        for z in range(first, image.shape[1]):
             yield (z,), image[:, z]
+    elif first == 0:
+        yield (), image
 
 
-def read(plane: Tensor, box: Box) -> Tensor:
+def read(plane: Image, box: Box) -> Tensor:
     """The box of (C, *spatial) as a batch of one, with zeros where it reaches beyond the far end of the image."""
-    inside = plane[(slice(None), *box)]
-    missing = [(b.stop - b.start) - n for b, n in zip(box, inside.shape[1:], strict=True)]
+    inside = tuple(slice(min(b.start, n), min(b.stop, n)) for b, n in zip(box, plane.shape[1:], strict=True))
+    values = plane[(slice(None), *inside)]
+    missing = [(b.stop - b.start) - n for b, n in zip(box, values.shape[1:], strict=True)]
     padding = [width for m in reversed(missing) for width in (0, m)]
-    return functional.pad(inside, padding)[None].contiguous()
-
-
-def _within(tile: Tile, extents: tuple[int, ...]) -> tuple[Box, Box]:
-    """Core and write of a tile, as far as they lie within the image."""
-    write = tuple(slice(w.start, min(w.stop, n)) for w, n in zip(tile.write, extents, strict=True))
-    core = tuple(slice(c.start, c.start + w.stop - w.start) for c, w in zip(tile.core, write, strict=True))
-    return core, write
+    return functional.pad(values, padding)[None].contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nnunet_norm.errors import OutputError
 from nnunet_norm.prediction import nifti
+from nnunet_norm.prediction.work_folder import MappedArray
 
 
 def export_prediction_atomically(
@@ -64,33 +65,75 @@ def export_prediction_atomically(
         num_threads_torch=num_threads_torch,
     )
     segmentation, probabilities = converted if save_probabilities else (converted, None)
-    name = os.path.basename(output_file_truncated) + dataset_json["file_ending"]
-    with _written_together(output_file_truncated, last=name) as folder:
-        if probabilities is not None:
-            beside = os.path.join(folder, os.path.basename(output_file_truncated))
-            np.savez_compressed(beside + ".npz", probabilities=probabilities)
-            save_pickle(properties_dict, beside + ".pkl")
-        reader_writer = plans_manager.image_reader_writer_class()
+    write_prediction(
+        segmentation,
+        probabilities,
+        properties_dict,
+        plans_manager.image_reader_writer_class,
+        output_file_truncated,
+        dataset_json["file_ending"],
+    )
+
+
+def write_prediction(
+    segmentation: NDArray[Any] | MappedArray,
+    probabilities: NDArray[Any] | MappedArray | None,
+    properties: dict[str, Any],
+    reader_writer_class: type,
+    target: str,
+    file_ending: str,
+) -> None:
+    """Write the files of a case whole or not at all; see ``export_prediction_atomically``.
+
+    Args:
+        segmentation: in the image's own geometry.
+        probabilities: (K, x, y, z), also there; they are compressed piece by piece.
+        properties: what preprocessing told about the image.
+        reader_writer_class: nnU-Net's, for these images.
+        target: the output without the file ending.
+        file_ending: with its dot.
+
+    Raises:
+        OutputError: a file cannot be written, or is not what was written; nothing is left behind.
+    """
+    labels, shares = (
+        array.open() if isinstance(array, MappedArray) else array for array in (segmentation, probabilities)
+    )
+    assert labels is not None
+    name = os.path.basename(target) + file_ending
+    with _written_together(target, last=name) as folder:
+        if shares is not None:
+            beside = os.path.join(folder, os.path.basename(target))
+            np.savez_compressed(beside + ".npz", probabilities=shares)
+            save_pickle(properties, beside + ".pkl")
+        reader_writer = reader_writer_class()
         try:
-            reader_writer.write_seg(segmentation, os.path.join(folder, name), properties_dict)
+            reader_writer.write_seg(labels, os.path.join(folder, name), properties)
         except RuntimeError as error:  # what ITK raises for whatever keeps it from writing
-            raise OutputError(_cannot_write(output_file_truncated, error)) from error
-        _compare(reader_writer, os.path.join(folder, name), segmentation)
+            raise OutputError(_cannot_write(target, error)) from error
+        _compare(reader_writer, os.path.join(folder, name), labels)
 
 
 @contextmanager
 def _written_together(target: str, *, last: str) -> Iterator[str]:
-    """A temporary folder beside ``target``; its files move there when the block ends well, ``last`` after the others.
+    """A hidden folder beside ``target``; its files move there when the block ends well, ``last`` after the others.
+
+    What a killed process left of it is removed.
 
     Raises:
         OutputError: in place of any OSError, also of the block.
     """
     parent = os.path.dirname(target) or os.curdir
+    folder = os.path.join(parent, f".{os.path.basename(target)}.writing")
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(target)}-", dir=parent) as folder:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder)
+        try:
             yield folder
             for name in sorted(os.listdir(folder), key=lambda name: (name == last, name)):
                 os.replace(os.path.join(folder, name), os.path.join(parent, name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise OutputError(_cannot_write(target, error)) from error
 

@@ -40,6 +40,8 @@ class Decision:
         reason: why it is exact or not.
         statistics: "fixed", or "tile" where a layer normalizes with the statistics of its tile.
         tiles: how many tiles are predicted, over all slices of a stack.
+        measured_error: what a halo that does not suffice did to tiles of this image (``HaloError.as_dict``), if that was
+            measured.
     """
 
     image_shape: tuple[int, ...]
@@ -51,6 +53,7 @@ class Decision:
     reason: str
     statistics: str
     tiles: int
+    measured_error: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The decision for a JSON file, with the name of the execution plan."""
@@ -139,6 +142,7 @@ def decide(
     tile: Sequence[int],
     *,
     tile_is_given: bool = False,
+    automatic: bool = False,
     halo: str | int | Sequence[int] = "auto",
     mirror_axes: Sequence[int] = (),
     slices: int = 1,
@@ -151,6 +155,7 @@ def decide(
         field: the network's receptive field.
         tile: from ``tile_shape``.
         tile_is_given: the user chose the tile, so it stays; else it may grow where statistics are fixed.
+        automatic: the tile was chosen for the image, the halo and the memory (``tile_choice``), so it stays.
         halo: one of ``HALO_WORDS``, or voxels: one number for all axes or one per axis.
         mirror_axes: spatial axes that are mirrored; on them both halos are the larger of the two.
         slices: how many slices of this shape there are.
@@ -160,14 +165,14 @@ def decide(
         TilingError: a halo that leaves no core of the tile, or an exact one that does not fit or does not exist.
     """
     planned = planned_shape(image_shape, tile, field)
-    growth = 1 if tile_is_given or field.tile_statistics else LARGEST_ENLARGEMENT
+    growth = 1 if tile_is_given or automatic or field.tile_statistics else LARGEST_ENLARGEMENT
     padded = padded_shape(planned, field.stride)
     axes = [_Axis(s, p, t, growth * t) for s, p, t in zip(field.stride, padded, tile, strict=True)]
-    full = None if why_never_exact(field) else _mirrored(_aligned_halo(field), mirror_axes)
+    full = exact_halo(field, mirror_axes)
     if isinstance(halo, str):
         edges, sides, word = _named(halo, axes, field, full, tile_is_given, effective, mirror_axes)
     else:
-        edges, sides, word = _given(_per_axis("halo", halo, len(axes), minimum=0), axes)
+        edges, sides, word = _given(given_halo(halo, len(axes)), axes, automatic=automatic)
     inner = [axis.padded > edge for axis, edge in zip(axes, edges, strict=True)]
     sides = tuple(pair if needed else (0, 0) for pair, needed in zip(sides, inner, strict=True))
     exact = not any(inner) or (full is not None and _suffices(sides, inner, field, mirror_axes))
@@ -182,6 +187,20 @@ def decide(
         statistics="tile" if field.tile_statistics else "fixed",
         tiles=slices * len(plan_tiles(planned, edges, sides, field.stride)),
     )
+
+
+def exact_halo(field: ReceptiveField, mirror_axes: Sequence[int] = ()) -> Sides | None:
+    """The halo with which tiles give what the whole image does: multiples of the stride; None if there is none."""
+    return None if why_never_exact(field) else mirrored(_aligned_halo(field), mirror_axes)
+
+
+def given_halo(halo: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """A halo in voxels, one per axis.
+
+    Raises:
+        TilingError: a number of axes that is not the network's, or a negative one.
+    """
+    return _per_axis("halo", halo, axes, minimum=0)
 
 
 def why_never_exact(field: ReceptiveField) -> str | None:
@@ -207,10 +226,10 @@ Choice = tuple[tuple[int, ...], Sides, str]
 """Tile edges, halo, and where the halo comes from."""
 
 
-def _given(halo: Sequence[int], axes: Sequence[_Axis]) -> Choice:
+def _given(halo: Sequence[int], axes: Sequence[_Axis], *, automatic: bool) -> Choice:
     edges = []
     for number, (h, axis) in enumerate(zip(halo, axes, strict=True)):
-        if 2 * h + axis.stride > axis.largest:
+        if 2 * h + axis.stride > axis.largest and not (automatic and axis.padded <= axis.largest):
             raise TilingError(
                 f"halo {h} leaves no core of a tile of {axis.largest} on axis {number} (total stride {axis.stride}): choose "
                 f"--halo at most {(axis.largest - axis.stride) // 2} or --tile-size at least "
@@ -246,7 +265,7 @@ def _named(
     if all(axis.padded <= axis.tile for axis in axes):
         return tile, ((0, 0),) * len(axes), "effective"
     measured = effective()
-    sides = ((max(tile),) * 2,) * len(axes) if measured is None else _mirrored(measured, mirror_axes)
+    sides = ((max(tile),) * 2,) * len(axes) if measured is None else mirrored(measured, mirror_axes)
     if full is not None:
         sides = tuple((min(b, f), min(a, g)) for (b, a), (f, g) in zip(sides, full, strict=True))
     source = "half of the tile" if measured is None else "effective"
@@ -270,7 +289,7 @@ def _remedy(full: Sides, field: ReceptiveField) -> str:
 
 def _suffices(sides: Sides, inner: Sequence[bool], field: ReceptiveField, mirror_axes: Sequence[int]) -> bool:
     """Whether halos cover the reach: the aligned one after rounding down to the grid, or that of any voxel."""
-    aligned, any_voxel = _mirrored(field.aligned, mirror_axes), _mirrored(field.any_voxel, mirror_axes)
+    aligned, any_voxel = mirrored(field.aligned, mirror_axes), mirrored(field.any_voxel, mirror_axes)
     return all(
         have // stride * stride >= on_grid or have >= anywhere
         for pair, a, v, stride, needed in zip(sides, aligned, any_voxel, field.stride, inner, strict=True)
@@ -284,7 +303,8 @@ def _aligned_halo(field: ReceptiveField) -> Sides:
     return tuple((round_up(b, s), round_up(a, s)) for (b, a), s in zip(field.aligned, field.stride, strict=True))
 
 
-def _mirrored(sides: Sides, mirror_axes: Sequence[int]) -> Sides:
+def mirrored(sides: Sides, mirror_axes: Sequence[int]) -> Sides:
+    """On axes that are mirrored the larger of the two on both sides."""
     return tuple((max(pair), max(pair)) if axis in mirror_axes else pair for axis, pair in enumerate(sides))
 
 

@@ -6,16 +6,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 from nnunetv2.utilities.helpers import empty_cache
-from torch import Tensor, nn
+from torch import nn
 
 from nnunet_norm.errors import ArchitectureError, TilingError
-from nnunet_norm.prediction.execution import planes, read
+from nnunet_norm.prediction.execution import Image, planes, read
 from nnunet_norm.prediction.halo import Sides, planned_shape, tile_shape
 from nnunet_norm.receptive_field import ReceptiveField, effective
 from nnunet_norm.tiling import plan_tiles
 
 PROBES = 2
 """Tiles of an image on which the effective receptive field is measured."""
+
+
+def fingerprint(network: nn.Module) -> tuple[float, ...]:
+    """Tells the weights of one fold from those of another."""
+    parameters = list(network.parameters())
+    return tuple(parameter.detach().float().sum().item() for parameter in (parameters[0], parameters[-1]))
 
 
 class MeasuredHalo:
@@ -26,7 +32,7 @@ class MeasuredHalo:
         self._known: dict[tuple[float, ...], Sides | None] = {}
 
     def of(
-        self, network: nn.Module, image: Tensor, field: ReceptiveField, patch_size: Sequence[int], *, required: bool
+        self, network: nn.Module, image: Image, field: ReceptiveField, patch_size: Sequence[int], *, required: bool
     ) -> Sides | None:
         """The reach for the weights that the network has now; None, and a line why, if it cannot be had.
 
@@ -40,14 +46,13 @@ class MeasuredHalo:
         Raises:
             TilingError: it is required, and cannot be had.
         """
-        parameters = list(network.parameters())
-        weights = tuple(parameter.detach().float().sum().item() for parameter in (parameters[0], parameters[-1]))
+        weights = fingerprint(network)
         if weights not in self._known:
             self._known[weights] = self._measure(network, image, field, patch_size, required=required)
         return self._known[weights]
 
     def _measure(
-        self, network: nn.Module, image: Tensor, field: ReceptiveField, patch_size: Sequence[int], *, required: bool
+        self, network: nn.Module, image: Image, field: ReceptiveField, patch_size: Sequence[int], *, required: bool
     ) -> Sides | None:
         shape = tuple(image.shape[-len(field.stride) :])
         patch, _ = tile_shape(None, patch_size, field)
@@ -65,6 +70,6 @@ class MeasuredHalo:
                 why = str(error).splitlines()[0]
                 if required:
                     raise TilingError(f"no effective halo: {why}; choose --halo in voxels") from error
-        empty_cache(image.device)
+        empty_cache(next(network.parameters()).device)
         self._say(f"no effective halo ({why}): half of the tile is cut away instead")
         return None

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_norm.prediction.execution import Result, TilesPlan, planes, read
+from nnunet_norm.prediction.execution import Image, Place, Result, planes, read
 from nnunet_norm.prediction.predictor import HaloPredictor
 from nnunet_norm.prediction.stages_plan import StagesPlan, with_blocks_elsewhere
+from nnunet_norm.prediction.tiles_plan import TilesPlan
 from nnunet_norm.stages.regions import clip, slices
 from nnunet_norm.tiling import Box, intersection, padded_shape
 
@@ -98,9 +99,9 @@ class _Boxes(Result):
         self._parts: list[Tensor | None] = [None] * len(boxes)
         self._boxes = boxes
 
-    def add(self, place: tuple[int | slice, ...], logits: Tensor, weight: float = 1.0) -> None:
+    def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
         """See ``Result.add``; nothing is averaged."""
-        del weight
+        del weight, core
         self.dtype = logits.dtype
         given = tuple(slice(p, p + 1) if isinstance(p, int) else p for p in place)
         values = logits.reshape(len(logits), *(side.stop - side.start for side in given)).cpu()
@@ -138,7 +139,7 @@ def _blocks_in_the_middle(plan: StagesPlan, extents: Sequence[int], at_most: int
     return sorted(boxes, key=lambda box: float(np.linalg.norm(_centre(box) - middle)))[:at_most]
 
 
-def _logits(predictor: HaloPredictor, plane: Tensor, tile: Box, box: Box) -> Tensor:
+def _logits(predictor: HaloPredictor, plane: Image, tile: Box, box: Box) -> Tensor:
     """The box (of the image) of a tile's prediction."""
     inside = tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(box, tile, strict=True))
     return predictor.tile_logits(read(plane, tile))[0][(slice(None), *inside)].cpu()

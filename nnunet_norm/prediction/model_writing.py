@@ -22,6 +22,7 @@ from nnunet_norm.planning.configurations import heirs
 from nnunet_norm.planning.naming import check_plans_name
 from nnunet_norm.prediction.cases import CasePredictor
 from nnunet_norm.prediction.model_folder import check_model_folder
+from nnunet_norm.prediction.safe_loading import load_checkpoint
 from nnunet_norm.writing import write_json, written_beside
 
 NOTE = "nnunet_norm.json"
@@ -44,14 +45,23 @@ class PlannedNorm:
     kwargs: Mapping[str, Any]
 
 
-def load_model(folder: str | Path, folds: Sequence[Fold], checkpoint_name: str) -> CasePredictor:
+def load_model(
+    folder: str | Path, folds: Sequence[Fold], checkpoint_name: str, *, trust_checkpoint: bool = False
+) -> CasePredictor:
     """A trained model on the CPU as nnU-Net loads it, with the weights of every fold checked against the network.
+
+    Args:
+        folder: the model.
+        folds: which to load.
+        checkpoint_name: the checkpoint's file name in every fold.
+        trust_checkpoint: see ``CasePredictor.trust_checkpoint``.
 
     Raises:
         ModelFolderError, SetupError: see ``CasePredictor.initialize_from_trained_model_folder``.
     """
     with redirect_stdout(StringIO()):  # nnU-Net tells that the CPU is no GPU, and where it looks for the trainer
         loaded = CasePredictor(device=torch.device("cpu"), allow_tqdm=False)
+        loaded.trust_checkpoint = trust_checkpoint
         loaded.initialize_from_trained_model_folder(str(folder), folds, checkpoint_name)
     loaded.bare_network.eval()
     return loaded
@@ -69,10 +79,14 @@ def complete_folds(folder: str | Path, checkpoint_name: str) -> list[Fold]:
     return folds
 
 
-def configuration_of(folder: str | Path, fold: Fold, checkpoint_name: str) -> str:
-    """Name of the configuration that a model was trained with."""
+def configuration_of(folder: str | Path, fold: Fold, checkpoint_name: str, *, trust_checkpoint: bool = False) -> str:
+    """Name of the configuration that a model was trained with.
+
+    Raises:
+        ModelFolderError: the checkpoint would run code, unless ``trust_checkpoint``.
+    """
     path = Path(folder) / f"fold_{fold}" / checkpoint_name
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    checkpoint = load_checkpoint(path, trust=trust_checkpoint, mmap=True)
     return str(checkpoint["init_args"]["configuration"])
 
 
@@ -89,6 +103,7 @@ def write_model(
     note: Mapping[str, Any] | None = None,
     outdated: str | None = None,
     check: Callable[[CasePredictor], None] | None = None,
+    trust_checkpoint: bool = False,
 ) -> None:
     """Write a model folder that every command of nnU-Net takes, from one that is there and stays as it is.
 
@@ -109,16 +124,18 @@ def write_model(
             it as ``"before"``.
         outdated: what to say in each fold's summary of the validation if that does not hold for the new weights.
         check: called with the new model, loaded; an error leaves nothing behind.
+        trust_checkpoint: the source may run code of its own when it is read.
 
     Raises:
-        ModelFolderError: the source is not whole, or what was written is not of the network that its plans describe.
+        ModelFolderError: the source is not whole, or would run code; or what was written is not of the network that its plans
+            describe.
         OutputError: the target exists, or cannot be written.
         PlansError: ``plans_name`` cannot be one.
     """
     source = Path(source)
     check_model_folder(str(source), list(folds), checkpoint_name)
     plans = load_json(str(source / "plans.json"))
-    configuration = configuration_of(source, folds[0], checkpoint_name)
+    configuration = configuration_of(source, folds[0], checkpoint_name, trust_checkpoint=trust_checkpoint)
     if norm is not None:
         plans = plans_with_norm(plans, configuration, norm)
     if plans_name is not None:
@@ -133,7 +150,7 @@ def write_model(
             write_json(folder / NOTE, {**note, **before})
         for fold in folds:
             old, new = (path / f"fold_{fold}" for path in (source, folder))
-            checkpoint = torch.load(old / checkpoint_name, map_location="cpu", weights_only=False)
+            checkpoint = load_checkpoint(old / checkpoint_name, trust=trust_checkpoint)
             state = checkpoint["network_weights"]
             init_args = {"plans": plans, "configuration": configuration, "fold": fold}
             content = {
@@ -146,7 +163,7 @@ def write_model(
             write_checkpoint(new / checkpoint_name, content)
             _copy_what_sharing_needs(old, new, outdated)
         try:
-            loaded = load_model(folder, folds, checkpoint_name)
+            loaded = load_model(folder, folds, checkpoint_name, trust_checkpoint=trust_checkpoint)
         except ModelFolderError as error:  # the folder will not have had this name
             raise ModelFolderError(str(error).replace(str(folder), str(target))) from error
         if check is not None:

@@ -5,35 +5,35 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
+from nnunet_norm.errors import ArchitectureError, TilingError
 from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.prediction.choice import (
     EXECUTIONS,
-    Wishes,
+    Task,
     population_of,
     stages_or_reason,
     why_never_stages,
 )
-from nnunet_norm.prediction.execution import TilesPlan
+from nnunet_norm.prediction.execution import Image
 from nnunet_norm.prediction.folding import fold_model
-from nnunet_norm.prediction.halo import HALO_WORDS, decide, planned_shape, tile_shape
-from nnunet_norm.prediction.measured_halo import MeasuredHalo
-from nnunet_norm.prediction.population_predictor import PopulationPredictor
 from nnunet_norm.prediction.stages_plan import StagesPlan
-from nnunet_norm.receptive_field import ReceptiveField, trace
+from nnunet_norm.prediction.tiles_plan import TilesPlan
+from nnunet_norm.prediction.tiling_predictor import TilingPredictor
+from nnunet_norm.prediction.ways import Wishes
 from nnunet_norm.stages import Graph, read_verified, scratch_folder
 
 logger = logging.getLogger(__name__)
 
 
-class PlanningPredictor(PopulationPredictor):
-    """Knows the network's reach and operators, and makes plans for images; the arguments are those of ``HaloPredictor``."""
+class PlanningPredictor(TilingPredictor):
+    """Knows the network's operators and makes plans for images; the arguments are those of ``HaloPredictor``."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class PlanningPredictor(PopulationPredictor):
         verbose_preprocessing: bool = False,
         allow_tqdm: bool = True,
         *,
-        tile_size: Sequence[int] | None = None,
+        tile_size: Sequence[int] | str | None = None,
         halo: str | int | Sequence[int] = "auto",
         execution: str = "auto",
         population: str | None = None,
@@ -55,6 +55,7 @@ class PlanningPredictor(PopulationPredictor):
         scratch: str | Path | None = None,
         max_memory: int | None = None,
         fold_norms: bool = True,
+        trust_checkpoint: bool = False,
     ) -> None:
         super().__init__(
             tile_step_size,
@@ -66,26 +67,22 @@ class PlanningPredictor(PopulationPredictor):
             verbose_preprocessing,
             allow_tqdm,
         )
-        if isinstance(halo, str) and halo not in HALO_WORDS:
-            raise TilingError(f"halo {halo!r} is unknown: choose {', '.join(HALO_WORDS)} or a number of voxels")
         if execution not in EXECUTIONS:
             raise TilingError(f"execution {execution!r} is unknown: choose {', '.join(EXECUTIONS)}")
         if max_memory is not None and max_memory <= 0:
             raise TilingError(f"max_memory {max_memory} must be a positive number of bytes, or None")
-        self.tile_size = tile_size
-        self.halo = halo
+        self._choose_tiles(tile_size, halo)
         self.execution = execution
         self._choose_population(population, batches, controls)
         self.scratch = Path(scratch) if scratch is not None else None
+        self.work_parent = None if self.scratch is None else str(self.scratch)
         self.max_memory = max_memory
         self.fold_norms = fold_norms
+        self.trust_checkpoint = trust_checkpoint
         self.folded_norms = 0
         self.last_plan: StagesPlan | TilesPlan | None = None
         self.network_dtype: torch.dtype | None = None
         self._graphs: WeakKeyDictionary[nn.Module, Graph | str] = WeakKeyDictionary()
-        self._fields: WeakKeyDictionary[nn.Module, ReceptiveField] = WeakKeyDictionary()
-        self._measured = MeasuredHalo(self._say)
-        self._said: set[str] = set()
 
     def _fit_loaded_model(self) -> None:
         """Fold norms with stored statistics into the convolutions before them; those of a batch when it has them."""
@@ -95,14 +92,6 @@ class PlanningPredictor(PopulationPredictor):
     def _fold(self) -> int:
         """Fold the network, and the weights of every fold of the model; how many norms."""
         return len(fold_model(self.bare_network, self.list_of_parameters))
-
-    @property
-    def field(self) -> ReceptiveField:
-        """The network's receptive field, traced once per network."""
-        network = self.bare_network
-        if network not in self._fields:
-            self._fields[network] = trace(network)
-        return self._fields[network]
 
     @property
     def graph(self) -> Graph | str:
@@ -115,55 +104,43 @@ class PlanningPredictor(PopulationPredictor):
                 self._graphs[network] = str(error)
         return self._graphs[network]
 
-    @property
-    def mirror_axes(self) -> tuple[int, ...]:
-        """Spatial axes that are mirrored."""
-        return tuple(self.allowed_mirroring_axes or ()) if self.use_mirroring else ()
-
     def plan(self, image: Tensor) -> StagesPlan | TilesPlan:
         """How ``image`` (C, x, y, z) will be predicted.
 
         Raises:
             TilingError: options that do not go together, do not suit the network, or cannot be honoured.
         """
-        staged = self.stages_or_reason(image)
-        return staged if isinstance(staged, StagesPlan) else self.tiles_plan(image, staged)
+        staged = self.stages_or_reason(self.task(image))
+        return staged if isinstance(staged, StagesPlan) else self.tiles_because(staged, image)
 
-    def tiles_plan(self, image: Tensor, reason: str = "") -> TilesPlan:
-        """How ``image`` (C, x, y, z) would be predicted in tiles, for a reason.
+    def tiles_because(self, reason: str, image: Image, *, streamed: bool = False) -> TilesPlan:
+        """The tiles that predict an image which is not run stage by stage, for a reason.
 
         Raises:
-            TilingError: tile size or halo that do not go together, or do not suit the network.
+            TilingError: see ``tiles_plan``; with the reason, if the user has not chosen tiles.
         """
-        field, (shape, slices) = self.field, self._axes(image)
-        tile, note = tile_shape(self.tile_size, self.configuration_manager.patch_size, field)
-        self._say(note)
-        decision = decide(
-            shape,
-            field,
-            tile,
-            tile_is_given=self.tile_size is not None,
-            halo=self.halo,
-            mirror_axes=self.mirror_axes,
-            slices=slices,
-            effective=lambda: self._measured.of(
-                self.bare_network,
-                image,
-                field,
-                self.configuration_manager.patch_size,
-                required=self.halo == "erf",
-            ),
-        )
-        return TilesPlan(decision, planned_shape(shape, tile, field), reason)
+        try:
+            plan = self.tiles_plan(image, reason, streamed=streamed)
+        except TilingError as error:
+            if self.execution == "tiles" or self.tiles_are_given:
+                raise
+            raise TilingError(f"{error}; in tiles because {reason}") from error
+        return self.with_halo_error(plan, image, streamed=streamed)
 
     @property
     def _wishes(self) -> Wishes:
-        tiles_are_given = self.tile_size is not None or self.halo != "auto"
-        return Wishes(self.execution, self.population, self.scratch, self.max_memory, tiles_are_given)
+        return Wishes(self.execution, self.population, self.scratch, self.max_memory, self.tiles_are_given)
 
     def _check(self, cases: list[list[str]], previous_stage_folder: str | None) -> None:
-        """Also what no image can mend: options against the network, and the folder of scratch."""
         super()._check(cases, previous_stage_folder)
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Refuse what no image can mend: options against the network, and the folder of scratch.
+
+        Raises:
+            TilingError, OutputError: as said.
+        """
         population = population_of(self._wishes, self.field)
         if self.execution == "stages" or population == "image":
             why_never_stages(self._wishes, population, self.graph)
@@ -171,40 +148,54 @@ class PlanningPredictor(PopulationPredictor):
             with scratch_folder(self.scratch):
                 pass
 
-    def _axes(self, image: Tensor) -> tuple[tuple[int, ...], int]:
-        """The image's extents along the network's axes, and how many slices of that shape it has."""
-        ndim = len(self.field.stride)
-        if image.ndim not in (4, ndim + 1):
-            raise InputImageError(f"image of shape {tuple(image.shape)} has not the four axes (C, x, y, z)")
-        if not image.numel():
-            raise InputImageError(f"image of shape {tuple(image.shape)} is empty")
-        return tuple(image.shape[-ndim:]), 1 if image.ndim == ndim + 1 else image.shape[1]
+    def task(self, image: Image, *, streamed: bool = False, resumable: bool = False) -> Task:
+        """What predicting an image (C, x, y, z) takes.
 
-    def stages_or_reason(self, image: Tensor) -> StagesPlan | str:
-        """The plan that runs the image stage by stage, or why it is predicted in tiles.
+        Args:
+            image: a tensor, or a volume on a disk.
+            streamed: its labels are wanted, box by box, for all folds; else its logits, for one.
+            resumable: see ``Task``.
+
+        Raises:
+            InputImageError: an image without the four axes, or without voxels.
+        """
+        shape, slices = self._axes(image)
+        return Task(
+            image_shape=shape,
+            slices=slices,
+            mirror_axes=self.mirror_axes,
+            device=self.device,
+            dtype=self._dtype,
+            on_device=self.perform_everything_on_device,
+            folds=len(self.list_of_parameters) if streamed else 1,
+            streamed=streamed,
+            resumable=resumable,
+        )
+
+    def stages_or_reason(self, task: Task, spare: Path | None = None) -> StagesPlan | str:
+        """The plan that runs an image stage by stage, or why it is predicted in tiles.
+
+        Args:
+            task: the image.
+            spare: where scratch may lie if memory is short and no folder was named.
 
         Raises:
             TilingError: see ``plan``.
         """
         self._require_settled()
         wishes = self._wishes
-        shape, slices = self._axes(image)
         population = population_of(wishes, self.field)
-        weight = next((p for p in self.bare_network.parameters() if p.is_floating_point()), image)
-        return stages_or_reason(
-            wishes,
-            population,
-            self.graph if wishes.execution != "tiles" and not wishes.tiles_are_given and population != "tile" else "",
-            shape,
-            slices=slices,
-            mirror_axes=self.mirror_axes,
-            device=self.device,
-            dtype=weight.dtype,
-            on_device=self.perform_everything_on_device,
-        )
-
-    def _say(self, line: str | None) -> None:
-        """Log a line once."""
-        if line is not None and line not in self._said:
-            self._said.add(line)
-            logger.info(line)
+        in_tiles = wishes.execution == "tiles" or wishes.tiles_are_given or population == "tile"
+        graph = "" if in_tiles else self.graph
+        if isinstance(graph, str) or spare is None or wishes.scratch is not None:
+            return stages_or_reason(wishes, population, graph, task)
+        on_disk = replace(wishes, scratch=spare)
+        try:
+            found = stages_or_reason(wishes, population, graph, task)
+            reason = found if isinstance(found, str) else ""
+        except TilingError as error:
+            reason = str(error)
+        if not reason:
+            return found
+        self._say(f"scratch goes to {spare}: {reason}")
+        return stages_or_reason(on_disk, population, graph, task)

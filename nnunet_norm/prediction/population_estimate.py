@@ -23,12 +23,12 @@ from nnunet_norm.errors import ArchitectureError, InputImageError, OutputError, 
 from nnunet_norm.layers import find_norms, tracks_statistics
 from nnunet_norm.layers.domains import get_domain_statistics
 from nnunet_norm.prediction.checks import listed, require_finite
-from nnunet_norm.prediction.choice import Way, Wishes, first_way
-from nnunet_norm.prediction.execution import planes, read
+from nnunet_norm.prediction.execution import Image, planes, read
 from nnunet_norm.prediction.halo import by
 from nnunet_norm.prediction.memory import size
+from nnunet_norm.prediction.passes import read_mirrored
 from nnunet_norm.prediction.populations import Statistics, require_places, statistics_of
-from nnunet_norm.prediction.stages_plan import read_mirrored
+from nnunet_norm.prediction.ways import Way, Wishes, first_way
 from nnunet_norm.prediction.workers import PreprocessedCases, Preprocessing
 from nnunet_norm.receptive_field import trace
 from nnunet_norm.stages import Scratch, ScratchOnDisk, scratch_folder
@@ -238,8 +238,8 @@ class PopulationEstimator:
             return staged
         return first_way(self.wishes, staged.graph, extents, self.device, self._dtype, on_device=self.on_device)
 
-    def _staged_run(self, way: Way, images: Sequence[tuple[Tensor, tuple[int, ...]]]) -> Callable[[], None]:
-        def reader(plane: Tensor) -> Callable[[Region], Tensor]:
+    def _staged_run(self, way: Way, images: Sequence[tuple[Image, tuple[int, ...]]]) -> Callable[[], None]:
+        def reader(plane: Image) -> Callable[[Region], Tensor]:
             return lambda region: read_mirrored(plane, region, ()).to(self._dtype)
 
         pairs = [(way.schedules[padded], reader(plane)) for plane, padded in images]
@@ -263,7 +263,7 @@ class PopulationEstimator:
 class _Tiles:
     """Batches of one tile each, which together have every voxel of every image once; they can be iterated again."""
 
-    def __init__(self, images: Sequence[Tensor], patch_size: Sequence[int], stride: Sequence[int]) -> None:
+    def __init__(self, images: Sequence[Image], patch_size: Sequence[int], stride: Sequence[int]) -> None:
         self.images = [(plane, divided(plane.shape[1:], patch_size, stride)) for plane in images]
 
     @property

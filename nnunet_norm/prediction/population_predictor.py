@@ -18,7 +18,7 @@ from nnunet_norm.errors import TilingError
 from nnunet_norm.experimental_batches import ExperimentalBatches, load_experimental_batches
 from nnunet_norm.prediction.cases import CasePredictor
 from nnunet_norm.prediction.checks import case_name
-from nnunet_norm.prediction.choice import POPULATIONS, Wishes
+from nnunet_norm.prediction.choice import POPULATIONS
 from nnunet_norm.prediction.folding import fold_model
 from nnunet_norm.prediction.population_estimate import Estimate, PopulationEstimator, preprocessed_images
 from nnunet_norm.prediction.populations import (
@@ -30,6 +30,7 @@ from nnunet_norm.prediction.populations import (
     the_folder,
     weights_for,
 )
+from nnunet_norm.prediction.ways import Wishes
 from nnunet_norm.prediction.workers import PreprocessedCases, PreprocessedGroups
 
 

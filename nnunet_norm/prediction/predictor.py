@@ -13,11 +13,18 @@ from tqdm import tqdm
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.prediction.checks import require_finite
-from nnunet_norm.prediction.execution import ExecutionPlan, Result, TilesPlan, flips
+from nnunet_norm.prediction.choice import Task
+from nnunet_norm.prediction.continuing import identity_of_model, identity_of_software, pinned_plan, pins_of, threads
+from nnunet_norm.prediction.execution import ExecutionPlan, Folds, Image, Place, Result, Sink, flips
+from nnunet_norm.prediction.journal import RunJournal
 from nnunet_norm.prediction.planning_predictor import PlanningPredictor
 from nnunet_norm.prediction.stages_plan import StagesPlan
+from nnunet_norm.prediction.tiles_plan import TilesPlan
+from nnunet_norm.prediction.work_folder import Work
 
 Plan = TypeVar("Plan", bound=StagesPlan | TilesPlan)
+
+OUTPUT = "the network's output (its weights, or an overflow in half precision)"
 
 
 class HaloPredictor(PlanningPredictor):
@@ -33,9 +40,7 @@ class HaloPredictor(PlanningPredictor):
       theoretical receptive field the result is that of one pass. For networks that normalize with the statistics of the tile
       no halo can do that; images smaller than the tile are then zero-padded to it, as in training.
 
-    ``last_plan`` tells how the last image was predicted, ``network_dtype`` in which precision. In tiles and for several
-    folds it is that of the last fold; folds differ only where the halo is the effective one, measured on each fold's own
-    weights and the first image that needs it.
+    ``last_plan`` tells how the last image was predicted, ``network_dtype`` in which precision.
 
     Files are read, checked and written by ``CasePredictor``.
 
@@ -43,13 +48,14 @@ class HaloPredictor(PlanningPredictor):
         tile_step_size: accepted because nnU-Net's own code passes it; no effect, since nothing overlaps to be averaged.
         use_gaussian: as ``tile_step_size``.
         use_mirroring: average over the passes mirrored along the axes that the model allows, as nnU-Net does.
-        perform_everything_on_device: in tiles, keep image and result on the device, if they fit; with stages, the scratch.
+        perform_everything_on_device: keep the scratch of stages on the device, if it fits.
         device: where the network runs, in half precision (autocast) on CUDA as in nnU-Net.
         verbose: nnU-Net's own messages.
         verbose_preprocessing: nnU-Net's own messages while preprocessing.
         allow_tqdm: show progress.
-        tile_size: voxels, one number for all axes or one per axis; the patch size by default. Corrected upwards to a
-            multiple of the total stride.
+        tile_size: voxels, one number for all axes or one per axis, corrected upwards to a multiple of the total stride; the
+            patch size by default; or "auto": the tile that costs least among those that memory holds, where it does not
+            change the result (fixed statistics, bounded receptive field), else the patch.
         halo: "auto" takes the theoretical halo where it fits and else the effective one; "exact" the theoretical one or
             refuses; "erf" the effective one; or voxels, one number for all axes or one per axis.
         execution: "stages", "tiles", or "auto": stages where the network and the scratch allow it, unless tile size or halo
@@ -65,9 +71,11 @@ class HaloPredictor(PlanningPredictor):
             batch that every fold was trained on.
         controls: estimate on the controls of each experimental batch alone.
         scratch: folder for the scratch of stages, as memory-mapped files; None keeps it in memory.
-        max_memory: bytes of anonymous memory that the process may come to with stages; None: most of what is available.
+        max_memory: bytes of anonymous memory that the process may come to; None: most of what is available. A tile that
+            takes more on the CPU is refused; on a CUDA device tiles are tried.
         fold_norms: fold norms with stored statistics into the convolutions before them where a model is loaded from its
             folder: faster, and the same but for rounding. ``folded_norms`` tells how many were.
+        trust_checkpoint: see ``CasePredictor.trust_checkpoint``.
 
     Raises:
         TilingError: an argument of a wrong kind, or arguments that do not go together.
@@ -79,12 +87,13 @@ class HaloPredictor(PlanningPredictor):
         Majurski and Bajcsy 2021, doi 10.6028/jres.126.009 (exact tiling); Buglakova et al. 2025, section 3.1.
     """
 
+    _digested: tuple[list[dict[str, Any]], str] | None = None
+
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Logits (K, x, y, z) of one preprocessed image (C, x, y, z), for the weights that the network has now.
 
-        They are float32 (float64 if the network computes so), and mirrored passes are averaged. In tiles they lie on the
-        device if ``perform_everything_on_device`` and memory allow it, else on the CPU. A 2d network takes the image slice by
-        slice.
+        They are float32 (float64 if the network computes so), on the CPU, and mirrored passes are averaged. A 2d network
+        takes the image slice by slice.
 
         Raises:
             InputImageError: the image or the network's output is not finite.
@@ -97,33 +106,94 @@ class HaloPredictor(PlanningPredictor):
 
     def predict_with(self, plan: StagesPlan | TilesPlan, image: Tensor) -> Tensor:
         """Logits (K, x, y, z) by a plan for images of this shape; see ``predict_sliding_window_return_logits``."""
-        empty_cache(self.device)
-        if isinstance(plan, StagesPlan):
-            result = Result(image.shape[1:], plan.result_memory)
-            self.run_plan(plan, image, result)
-        else:
-            result = self._tiled(plan, image)
-        return self._finished(result)
+        return self._logits(plan, image, self._folds([]))
 
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """Logits (K, x, y, z) of one preprocessed image (C, x, y, z), averaged over the folds, on the CPU.
-
-        Stage by stage all folds are added up in one result; in tiles it is nnU-Net's own method.
 
         Raises:
             InputImageError, TilingError, OutputError: see ``predict_sliding_window_return_logits``.
         """
         require_finite(data, "the preprocessed image")
         self._prepare()
-        staged = self.stages_or_reason(data)
-        if not isinstance(staged, StagesPlan):
-            return super().predict_logits_from_preprocessed_data(data)
-        plan = self._announced(staged)
-        result = Result(data.shape[1:], plan.result_memory, 1 / len(self.list_of_parameters))
-        for weights in self.list_of_parameters:
-            self.bare_network.load_state_dict(weights)
-            self.run_plan(plan, data, result)
-        return self._finished(result)
+        folds = self._folds(self.list_of_parameters)
+        folds.use(0)
+        return self._logits(self._announced(self.plan(data)), data, folds)
+
+    def _logits(self, plan: StagesPlan | TilesPlan, image: Tensor, folds: Folds) -> Tensor:
+        empty_cache(self.device)
+        result = (
+            Result(image.shape[1:], plan.result_memory) if isinstance(plan, StagesPlan) else Result(image.shape[1:])
+        )
+        self.run_plan(plan, image, result, folds)
+        empty_cache(self.device)
+        require_finite(result.logits, OUTPUT)
+        return result.logits
+
+    def predict_to(self, sink: Sink, image: Image, work: Work | None = None) -> None:
+        """Give the logits of an image, averaged over the folds, to a sink, box by box.
+
+        Args:
+            sink: takes them; what it has taken must be found again by the process that continues.
+            image: preprocessed, (C, x, y, z): a tensor, or a volume on a disk.
+            work: the folder where scratch lies if memory is short, and points are noted from which a process that is killed
+                can be continued; None: neither.
+
+        Raises:
+            InputImageError, TilingError, OutputError: see ``predict_sliding_window_return_logits``; or the folder holds what
+                another prediction left.
+        """
+        if isinstance(image, Tensor):
+            require_finite(image, "the preprocessed image")
+        self._prepare()
+        folds = self._folds(self.list_of_parameters)
+        folds.use(0)
+        journal = None if work is None else RunJournal(work.folder, {**self.identity(), **work.identity})
+        task = self.task(image, streamed=True, resumable=journal is not None)
+        if journal is not None and journal.is_resumed:
+            plan = pinned_plan(journal.pins, task, self.graph, self._wishes)
+            self._say(f"continued where it was: {plan.describe()}")
+            self.last_plan = plan
+        else:
+            plan = self._announced(self._streamed_plan(task, image, work))
+            if journal is not None:
+                journal.pin(pins_of(plan))
+        with threads(journal.pins["threads"] if journal is not None else None):
+            self.run_plan(plan, image, _Finite(sink), folds, journal)
+        empty_cache(self.device)
+
+    def _streamed_plan(self, task: Task, image: Image, work: Work | None) -> StagesPlan | TilesPlan:
+        """The plan; where memory is short, scratch goes to the work folder."""
+        staged = self.stages_or_reason(task, None if work is None else work.folder)
+        return staged if isinstance(staged, StagesPlan) else self.tiles_because(staged, image, streamed=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What a prediction depends on, apart from the image; JSON."""
+        if self._digested is None or self._digested[0] is not self.list_of_parameters:
+            self._digested = self.list_of_parameters, identity_of_model(self.list_of_parameters)
+        return {
+            "model": self._digested[1],
+            "software": identity_of_software(),
+            "device": self.device.type,
+            "mirror_axes": self.mirror_axes,
+            "options": {
+                "execution": self.execution,
+                "population": self.population,
+                "tile_size": self.tile_size,
+                "halo": self.halo,
+            },
+        }
+
+    def _folds(self, list_of_parameters: Sequence[dict[str, Any]]) -> Folds:
+        """The network with the weights of several folds; with none, with those that it has now."""
+        used: list[int] = []
+
+        def use(number: int) -> None:
+            if list_of_parameters and used != [number]:
+                self.bare_network.load_state_dict(list_of_parameters[number])
+                used[:] = [number]
+
+        return Folds(lambda batch: self._average(batch, self.mirror_axes), len(list_of_parameters) or 1, use)
 
     def _prepare(self) -> None:
         with torch.inference_mode(False):  # parameters made in inference mode could never be differentiated
@@ -142,49 +212,53 @@ class HaloPredictor(PlanningPredictor):
         self.last_plan = plan
         return plan
 
-    def _finished(self, result: Result) -> Tensor:
-        empty_cache(self.device)
-        require_finite(result.logits, "the network's output (its weights, or an overflow in half precision)")
-        return result.logits
+    def run_plan(
+        self,
+        plan: ExecutionPlan,
+        image: Image,
+        sink: Sink,
+        folds: Folds | None = None,
+        journal: RunJournal | None = None,
+    ) -> None:
+        """Give the logits of an image (C, x, y, z) to a sink, by a plan for its shape.
 
-    def _tiled(self, plan: TilesPlan, image: Tensor) -> Result:
-        """Result and image on the device if they may lie there and fit, else on the CPU."""
-        if self.perform_everything_on_device:
-            try:
-                return self._tiled_on(self.device, plan, image)
-            except torch.OutOfMemoryError:
-                empty_cache(self.device)
-                self._say("image and result do not fit into the device's memory and are kept on the CPU")
-        try:
-            return self._tiled_on(torch.device("cpu"), plan, image)
-        except torch.OutOfMemoryError as error:
-            raise TilingError(
-                f"the device's memory is too small ({plan.describe()}): choose a smaller --tile-size, and with it a smaller "
-                "--halo if the exact one does not fit"
-            ) from error
+        Args:
+            plan: for images of this shape.
+            image: preprocessed.
+            sink: takes the logits.
+            folds: the weights; by default those that the network has now.
+            journal: see ``ExecutionPlan.run``.
 
-    def _tiled_on(self, device: torch.device, plan: TilesPlan, image: Tensor) -> Result:
-        result = Result(image.shape[1:], lambda shape, dtype: torch.zeros(*shape, dtype=dtype, device=device))
-        self.run_plan(plan, image.to(device), result)
-        return result
-
-    def run_plan(self, plan: ExecutionPlan, image: Tensor, result: Result) -> None:
-        """Give the logits of an image (C, x, y, z) to ``result``, by a plan for its shape and with the weights of now."""
+        Raises:
+            TilingError, OutputError: see ``predict_sliding_window_return_logits``.
+        """
         self._prepare()
+        folds = folds or self._folds([])
         with (
             torch.inference_mode(),
             self._precision(),
-            tqdm(total=plan.steps, disable=not self.allow_tqdm) as bar,
+            tqdm(total=plan.steps(folds.count), disable=not self.allow_tqdm) as bar,
         ):
-            plan.run(lambda batch: self._average(batch, self.mirror_axes), image, result, bar.update)
-        if isinstance(plan, StagesPlan) and not plan.schedule.is_one_pass:
-            self.network_dtype = result.dtype
 
-    def tile_logits(self, batch: Tensor) -> Tensor:
-        """Logits (N, K, *spatial) of tiles (N, C, *spatial) in one pass, nothing mirrored, in float32 or better."""
+            def progress() -> None:
+                self.check()
+                bar.update()
+
+            try:
+                plan.run(folds, image, sink, progress, journal)
+            except torch.OutOfMemoryError as error:
+                raise TilingError(
+                    f"the device's memory is too small ({plan.describe()}): choose a smaller --tile-size, and with it a "
+                    "smaller --halo if the exact one does not fit"
+                ) from error
+        if isinstance(plan, StagesPlan) and isinstance(sink, Result) and not plan.schedule.is_one_pass:
+            self.network_dtype = sink.dtype
+
+    def tile_logits(self, batch: Tensor, mirror_axes: Sequence[int] = ()) -> Tensor:
+        """Logits (N, K, *spatial) of tiles (N, C, *spatial), by default with nothing mirrored, in float32 or better."""
         self._prepare()
         with torch.inference_mode(), self._precision():
-            return self._average(batch, ())
+            return self._average(batch, mirror_axes)
 
     def _average(self, batch: Tensor, mirror_axes: Sequence[int]) -> Tensor:
         """Logits averaged over the passes that are mirrored along every combination of the axes, none included."""
@@ -202,6 +276,18 @@ class HaloPredictor(PlanningPredictor):
     def _precision(self) -> AbstractContextManager[Any]:
         """Half precision on CUDA, as nnU-Net; elsewhere autocast is slow (CPU) or missing (MPS)."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+
+class _Finite:
+    """Refuses logits that are not finite before they become labels."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.overlap, self.adds_up = sink, sink.overlap, sink.adds_up
+
+    def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
+        """See ``Sink.add``."""
+        require_finite(logits, OUTPUT)
+        self.sink.add(place, logits, weight, core)
 
 
 def _promoted(logits: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class Recalibration:
         scratch: folder for preprocessed images and for the maps of stages; None: a temporary one, and memory.
         max_memory: bytes that the process may come to; None: most of what is available.
         progress: show progress bars.
+        trust_checkpoint: the model may run code of its own when it is read.
 
     Raises:
         ModelFolderError, SetupError: the model cannot be loaded.
@@ -84,6 +85,7 @@ class Recalibration:
         scratch: str | Path | None = None,
         max_memory: int | None = None,
         progress: bool = True,
+        trust_checkpoint: bool = False,
     ) -> None:
         if per_image and batches is not None:
             raise ExperimentalBatchesError("--per-image and --batches are two populations: leave one of the two out")
@@ -99,10 +101,11 @@ class Recalibration:
             controls=controls,
             scratch=scratch,
             max_memory=max_memory,
+            trust_checkpoint=trust_checkpoint,
         )
         self.folds = complete_folds(source, checkpoint_name) if folds is None else list(folds)
         self.predictor.initialize_from_trained_model_folder(str(source), self.folds, checkpoint_name)
-        self.configuration = configuration_of(source, self.folds[0], checkpoint_name)
+        self.configuration = configuration_of(source, self.folds[0], checkpoint_name, trust_checkpoint=trust_checkpoint)
 
     @property
     def trainer_name(self) -> str:
@@ -188,6 +191,7 @@ class Recalibration:
             | {"statistics": estimate.way, "num_images": estimate.num_images, "num_voxels": estimate.num_voxels},
             outdated=OUTDATED,
             check=lambda written: self._require_same(written, estimate),
+            trust_checkpoint=self.predictor.trust_checkpoint,
         )
         return estimate
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_norm import stages
-from nnunet_norm.prediction.execution import Forward, Result, flips, planes, read
+from nnunet_norm.prediction.execution import Folds, Image, PartOf, Sink, flips, planes, read
 from nnunet_norm.prediction.halo import by
+from nnunet_norm.prediction.journal import Position, RunJournal
 from nnunet_norm.prediction.memory import size
+from nnunet_norm.prediction.passes import Passes
 from nnunet_norm.stages import Schedule, Scratch, ScratchOnDisk, scratch_folder
-from nnunet_norm.stages.regions import Region, clip, slices, whole
-from nnunet_norm.stages.scratch import channels_last
+from nnunet_norm.stages.regions import slices, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class StagesPlan:
         result_bytes: of the result, which lies in memory, or on the disk if scratch does.
         memory_bytes: anonymous memory at the peak, as predicted, on top of what the process has before.
         first_level: "stored", or "computed again".
+        block_bytes: the widest map of a block.
         reason: why this plan was taken.
     """
 
@@ -53,6 +54,7 @@ class StagesPlan:
     result_bytes: int
     memory_bytes: int
     first_level: str
+    block_bytes: int
     reason: str
 
     @property
@@ -60,10 +62,12 @@ class StagesPlan:
         """The mirrored passes: the axes that are flipped in each."""
         return flips(self.mirror_axes)
 
-    @property
-    def steps(self) -> int:
+    def steps(self, folds: int) -> int:
         """One step per block, or per pass over all mirrored ones where the image is one block."""
-        return self.slices * (1 if self.schedule.is_one_pass else self.schedule.steps * len(self.flips))
+        return self.slices * self._steps_of_plane(folds)
+
+    def _steps_of_plane(self, folds: int) -> int:
+        return 1 if self.schedule.is_one_pass else self.schedule.steps * len(self.flips) * folds
 
     def describe(self) -> str:
         """The plan for the user, in one line."""
@@ -107,27 +111,36 @@ class StagesPlan:
         }
 
     def run(
-        self, forward: Forward, image: Tensor, result: Result, progress: Callable[[], object] = lambda: None
+        self,
+        folds: Folds,
+        image: Image,
+        sink: Sink,
+        progress: Callable[[], object] = lambda: None,
+        journal: RunJournal | None = None,
     ) -> None:
-        """See ``ExecutionPlan.run``; ``forward`` is called if the image is one block and the device's memory holds it."""
-        schedule = self.schedule
-        with self._scratch() as scratch:
-            for index, plane in planes(image, len(self.image_shape)):
-                if self.schedule.is_one_pass and self._in_one_pass(forward, plane, index, result):
+        """See ``ExecutionPlan.run``; an image of one block goes to the network as it is if memory holds that."""
+        start = journal.position if journal is not None else Position()
+        with self._scratch(journal) as scratch:
+            for _ in range(start.plane * self._steps_of_plane(folds.count)):
+                progress()
+            for number, (index, plane) in enumerate(planes(image, len(self.image_shape), start.plane), start.plane):
+                of_plane = PartOf(sink, index)
+                if self.schedule.is_one_pass and self._in_one_pass(folds, plane, of_plane):
                     progress()
-                    continue
-                for flip in self.flips:
-                    halvings = self._pass(schedule, plane, index, flip, result, scratch, progress)
-                    schedule = stages.smaller(schedule, halvings)
+                else:
+                    here = start if number == start.plane else Position(number)
+                    Passes(self, folds, plane, of_plane, scratch, progress, journal).run(here)
+                if journal is not None and journal.is_due():
+                    journal.note(Position(number + 1))
 
-    def _in_one_pass(self, forward: Forward, plane: Tensor, index: tuple[int, ...], result: Result) -> bool:
+    def _in_one_pass(self, folds: Folds, plane: Image, sink: Sink) -> bool:
         """Give the image to the network as it is; False if the device's memory does not hold that."""
         inside = slices(whole(self.image_shape))
         try:
-            logits = forward(read(plane, slices(whole(self.schedule.extents[0]))))[0][(slice(None), *inside)]
+            logits = folds.mean(read(plane, slices(whole(self.schedule.extents[0]))))[0][(slice(None), *inside)]
         except torch.OutOfMemoryError:
             return False
-        result.add((*index, *inside), logits)
+        sink.add(inside, logits)
         return True
 
     def result_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -135,57 +148,20 @@ class StagesPlan:
         if self.place != "disk":
             return torch.zeros(tuple(shape), dtype=dtype)
         with ExitStack() as stack:
-            data = stack.enter_context(self._scratch()).zeros(shape, dtype)
+            data = stack.enter_context(self._scratch(None)).zeros(shape, dtype)
             weakref.finalize(data, stack.pop_all().close)
         return data
 
-    def _pass(
-        self,
-        schedule: Schedule,
-        plane: Tensor,
-        index: tuple[int, ...],
-        flip: Sequence[int],
-        result: Result,
-        scratch: Scratch,
-        progress: Callable[[], object],
-    ) -> int:
-        """One mirrored pass over an image or a slice; how often blocks were halved."""
-        padded = schedule.extents[0]
-
-        def image(region: Region) -> Tensor:
-            return read_mirrored(plane, mirrored(region, padded, flip), flip).to(dtype=self.dtype)
-
-        def sink(region: Region, logits: Tensor) -> None:
-            place = mirrored(region, padded, flip)
-            inside = clip(place, self.image_shape)
-            if all(start < stop for start, stop in inside):
-                values = logits[0].flip([axis + 1 for axis in flip]) if flip else logits[0]
-                part = values[(slice(None), *slices(inside, [start for start, _ in place]))]
-                result.add((*index, *slices(inside)), part, 1 / len(self.flips))
-
-        return stages.run(schedule, image, sink, scratch=scratch, device=self.device, progress=progress)
-
     @contextmanager
-    def _scratch(self) -> Iterator[Scratch]:
-        if self.place == "disk":
+    def _scratch(self, journal: RunJournal | None) -> Iterator[Scratch]:
+        if self.place == "disk" and journal is not None:
+            yield journal.scratch
+        elif self.place == "disk":
             assert self.scratch_folder is not None
             with scratch_folder(self.scratch_folder) as folder:
                 yield ScratchOnDisk(folder)
         else:
             yield Scratch(self.device if self.place == "device" else torch.device("cpu"))
-
-
-def mirrored(region: Region, extents: Sequence[int], flip: Sequence[int]) -> Region:
-    """Where a region of a map lies in its mirror image along some axes."""
-    return tuple(
-        (n - stop, n - start) if axis in flip else (start, stop)
-        for axis, ((start, stop), n) in enumerate(zip(region, extents, strict=True))
-    )
-
-
-def read_mirrored(plane: Tensor, region: Region, flip: Sequence[int]) -> Tensor:
-    """A region of (C, *spatial), zeros beyond its far end, flipped: (1, C, *region), channels last."""
-    return channels_last(read(plane, slices(region)).flip([axis + 2 for axis in flip]))
 
 
 def with_blocks_elsewhere(plan: StagesPlan) -> tuple[StagesPlan, StagesPlan]:

@@ -67,7 +67,8 @@ class StockExport:
     @property
     def configuration(self) -> str:
         """Name of the model's configuration."""
-        return configuration_of(self.source, self.folds[0], self.checkpoint_name)
+        trust = self.model.trust_checkpoint
+        return configuration_of(self.source, self.folds[0], self.checkpoint_name, trust_checkpoint=trust)
 
     @property
     def dataset_name(self) -> str:
@@ -99,6 +100,7 @@ class StockExport:
             plans_name=self.plans_name,
             note={"written_by": "nnunet-norm export", "version": version("nnunet_norm"), "of": origin},
             check=self._compare,
+            trust_checkpoint=self.model.trust_checkpoint,
         )
 
     def _compare(self, written: CasePredictor) -> None:
@@ -115,6 +117,8 @@ def stock_export(
     folds: Sequence[Fold] | None = None,
     checkpoint_name: str = "checkpoint_final.pth",
     plans_name: str | None = None,
+    *,
+    trust_checkpoint: bool = False,
 ) -> StockExport:
     """Load a trained model and find out how stock nnU-Net would name it.
 
@@ -129,6 +133,7 @@ def stock_export(
         checkpoint_name: the checkpoint's file name in every fold.
         plans_name: how the plans will be called; None: the old name and what the trainer's name says of the norm, as in
             ``nnUNetPlans_BRN``.
+        trust_checkpoint: the model may run code of its own when it is read.
 
     Raises:
         ModelFolderError: the model is not whole, has norms that stock plans cannot name, or is a stock model already.
@@ -136,7 +141,7 @@ def stock_export(
         SetupError: the model's trainer cannot be found.
     """
     folds = complete_folds(folder, checkpoint_name) if folds is None else folds
-    model = load_model(folder, folds, checkpoint_name)
+    model = load_model(folder, folds, checkpoint_name, trust_checkpoint=trust_checkpoint)
     norm = planned_norm(model, folder)
     _refuse_stock(model, folder, norm)
     old = model.plans_manager.plans_name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -86,7 +87,7 @@ class PreprocessedCases:
         self.failures: list[str] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with Workers(self.workers, "preprocessing", "-npp") as workers:
+        with Workers(self.workers, "preprocessing", "-npp", finishes=False) as workers:
             waiting: deque[tuple[str | None, Future[Any]]] = deque()
             for case in itertools.chain(self.cases, itertools.repeat(None, self.workers)):
                 if case is not None:
@@ -131,34 +132,52 @@ class PreprocessedGroups:
 class Workers:
     """Some processes (spawned, as CUDA needs it) with the same interface as none: then a task runs when submitted.
 
-    Leaving the block waits for what was submitted, also after an error: finished predictions are to be written.
+    Leaving the block waits for what was submitted. After an error it does so only where the work is worth finishing: finished
+    predictions are to be written, and what nobody will predict needs no preprocessing.
     """
 
-    def __init__(self, count: int, purpose: str, flag: str) -> None:
+    def __init__(self, count: int, purpose: str, flag: str, *, finishes: bool = True) -> None:
         """Start no process before the first task.
 
         Args:
             count: processes; 0 for none.
             purpose: what they do, for an error message.
             flag: how the user sets ``count``.
+            finishes: after an error, too, what was submitted is done.
         """
-        self.count, self.purpose, self.flag = count, purpose, flag
+        self.count, self.purpose, self.flag, self.finishes = count, purpose, flag, finishes
         context = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(count, mp_context=context) if count else None
+        # Ctrl-C reaches every process of a terminal; this one ends the others, in order and without their tracebacks.
+        self.executor = (
+            ProcessPoolExecutor(
+                count, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+            )
+            if count
+            else None
+        )
         self.pending: set[Future[Any]] = set()
 
     def submit(self, task: Callable[..., Any], *args: Any) -> Future[Any]:
         """Start a task; waits while ``QUEUED_AT_MOST`` already wait for a free process."""
         if self.executor is None:
             return _run_here(task, *args)
+        self.check()
         while len(self.pending) >= self.count + QUEUED_AT_MOST:
-            self.pending = wait(self.pending, return_when=FIRST_COMPLETED).not_done
+            wait(self.pending, return_when=FIRST_COMPLETED)
+            self.check()
         try:
             future = self.executor.submit(task, *args)
         except BrokenProcessPool as error:
             raise self._ended_from_outside() from error
         self.pending.add(future)
         return future
+
+    def check(self) -> None:
+        """Raise what a task raised that nobody has asked about yet, unless it is about one case alone."""
+        for future in [future for future in self.pending if future.done()]:
+            self.pending.discard(future)
+            if future.cancelled() or not isinstance(future.exception(), InputImageError):
+                self.result(future)
 
     def result(self, future: Future[Any]) -> Any:
         """The task's result, or its own exception.
@@ -183,14 +202,27 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.executor is not None:
-            self.executor.shutdown(wait=True)
+        if self.executor is None:
+            return
+        if kind is not None and not self.finishes:
+            running = list((self.executor._processes or {}).values())  # the executor itself can end them from 3.14 on
+            self.executor.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+        self.executor.shutdown(wait=True)
+
+
+def settled(result: Any) -> Future[Any]:
+    """A future that has its result."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 def _run_here(task: Callable[..., Any], *args: Any) -> Future[Any]:
-    future: Future[Any] = Future()
     try:
-        future.set_result(task(*args))
+        return settled(task(*args))
     except InputImageError as error:
+        future: Future[Any] = Future()
         future.set_exception(error)
-    return future
+        return future

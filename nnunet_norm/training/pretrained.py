@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -15,9 +13,12 @@ from torch import Tensor
 from nnunet_norm.errors import ModelFolderError
 from nnunet_norm.layers import convert_norm, find_norms
 from nnunet_norm.prediction.model_writing import write_checkpoint
+from nnunet_norm.prediction.safe_loading import check_architecture, load_checkpoint
 
 
-def pretrained_weights(model_folder: str | Path, fold: int | str, checkpoint_name: str) -> dict[str, Tensor]:
+def pretrained_weights(
+    model_folder: str | Path, fold: int | str, checkpoint_name: str, *, trust_checkpoint: bool = False
+) -> dict[str, Tensor]:
     """The weights of one fold with everything that any norm of this package could ask for.
 
     ``nnUNetv2_train -pretrained_weights`` refuses a file in which a key of the new network is missing, so a model trained
@@ -29,12 +30,16 @@ def pretrained_weights(model_folder: str | Path, fold: int | str, checkpoint_nam
         model_folder: ``<trainer>__<plans>__<configuration>``, as nnU-Net leaves it.
         fold: A fold's number, or "all".
         checkpoint_name: The checkpoint in the fold's folder.
+        trust_checkpoint: Whether the model may run code of its own when it is read.
 
     Raises:
-        ModelFolderError: If a weight of the network that the plans describe is missing, or of another shape.
+        ModelFolderError: If a weight of the network that the plans describe is missing, or of another shape; or if the model
+            would run code.
     """
     path = Path(model_folder) / f"fold_{fold}" / checkpoint_name
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    if not trust_checkpoint:
+        check_architecture(model_folder)
+    checkpoint = load_checkpoint(path, trust=trust_checkpoint)
     weights: dict[str, Tensor] = dict(checkpoint["network_weights"])
     expected = _batch_norm_state(Path(model_folder), checkpoint["init_args"]["configuration"])
     for key, (is_of_norm, default) in expected.items():
@@ -63,12 +68,19 @@ def _batch_norm_state(model_folder: Path, configuration: str) -> dict[str, tuple
     return {key: (key.startswith(prefixes), value) for key, value in network.state_dict().items()}
 
 
-def export_pretrained(model_folder: str | Path, fold: int | str, checkpoint_name: str, output: str | Path) -> None:
+def export_pretrained(
+    model_folder: str | Path,
+    fold: int | str,
+    checkpoint_name: str,
+    output: str | Path,
+    *,
+    trust_checkpoint: bool = False,
+) -> None:
     """Write :func:`pretrained_weights` as a checkpoint for ``nnUNetv2_train -pretrained_weights``.
 
     Raises:
         ModelFolderError: As :func:`pretrained_weights`.
         OutputError: If the file cannot be written; nothing is left behind.
     """
-    weights = pretrained_weights(model_folder, fold, checkpoint_name)
+    weights = pretrained_weights(model_folder, fold, checkpoint_name, trust_checkpoint=trust_checkpoint)
     write_checkpoint(output, {"network_weights": weights})

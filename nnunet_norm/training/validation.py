@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -32,6 +29,8 @@ from nnunet_norm.prediction import (
 )
 from nnunet_norm.prediction.memory import anonymous_memory, default_max_memory
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
+from nnunet_norm.training.patches import foreground_of, foreground_patches, whole_batches
+from nnunet_norm.training.reporting import mismatch_as_dict, named, none_for_nan
 from nnunet_norm.writing import write_json
 
 if TYPE_CHECKING:
@@ -146,12 +145,8 @@ class ValidationPredictor(HaloPredictor):
 
     def measure_batches(self) -> None:
         """Measure disparity on whole batches of the tiles collected; on a smaller one only if they fill none."""
-        rounds = itertools.zip_longest(*self._tiles)
-        tiles = [tile for tile in itertools.chain.from_iterable(rounds) if tile is not None]
-        for number in range(min(max(len(tiles) // self.batch_size, 1), MEASURED_BATCHES)):
-            batch = tiles[number * self.batch_size : (number + 1) * self.batch_size]
-            if batch:
-                self._measure(torch.stack(batch).to(self.device))
+        for batch in whole_batches(self._tiles, self.batch_size, MEASURED_BATCHES):
+            self._measure(batch.to(self.device))
         self._tiles = []
 
     def _measure(self, data: Tensor) -> None:
@@ -165,25 +160,10 @@ class ValidationPredictor(HaloPredictor):
         )
 
     def _tiles_of(self, image: Tensor, logits: Tensor) -> list[Tensor]:
-        """Patches of one case, as many as a batch could need, around foreground voxels spread over the case."""
-        foreground = (logits > 0 if self.trainer.label_manager.has_regions else logits[1:] > logits[:1]).any(0)
-        voxels = foreground.flatten().nonzero().flatten()
-        places = len(voxels) or foreground.numel()
+        """Patches of one case, as many as a batch could need."""
+        foreground = foreground_of(logits, regions=self.trainer.label_manager.has_regions)
         count = min(self.batch_size, TILES_PER_CASE)
-        chosen = [(2 * k + 1) * places // (2 * count) for k in range(count)]
-        flat = voxels[chosen].tolist() if len(voxels) else chosen
-        middles = zip(*np.unravel_index(flat, tuple(foreground.shape)), strict=True)
-        return [_patch(image, [int(m) for m in middle], self.configuration_manager.patch_size) for middle in middles]
-
-
-def _patch(image: Tensor, middle: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The patch of ``image`` around a voxel, of a slice of it for a 2d patch; zeros where the image is smaller."""
-    if len(size) == 2:
-        image, middle = image[:, middle[0]], middle[1:]
-    starts = [max(min(m - p // 2, n - p), 0) for m, p, n in zip(middle, size, image.shape[1:], strict=True)]
-    patch = image[(slice(None), *[slice(s, s + p) for s, p in zip(starts, size, strict=True)])]
-    missing = [p - n for p, n in zip(size, patch.shape[1:], strict=True)]
-    return torch.nn.functional.pad(patch, [w for m in reversed(missing) for w in (m // 2, m - m // 2)]).cpu()
+        return foreground_patches(image, foreground, count, self.configuration_manager.patch_size)
 
 
 @contextmanager
@@ -253,45 +233,27 @@ def report_of(
             "plans": plans,
         },
         "train_eval_disparity": {
-            "per_class": _named(names, disparity.per_class),
-            "mean": _none_for_nan(disparity.mean),
+            "per_class": named(names, disparity.per_class),
+            "mean": none_for_nan(disparity.mean),
             "num_batches": disparity.num_batches,
             "batch_size": disparity.num_samples / disparity.num_batches if disparity.num_batches else None,
         },
-        "tile_mismatch": _mismatch(names, mismatch),
+        "tile_mismatch": mismatch_as_dict(names, mismatch),
     }
     if of_tiles.num_pairs:
-        report["tile_mismatch_with_tile_statistics"] = _mismatch(names, of_tiles)
+        report["tile_mismatch_with_tile_statistics"] = mismatch_as_dict(names, of_tiles)
     if trainer.renorms:
         report["batch_renorm"] = {
-            "batch_statistics_disparity": _named(names, disparity.batch_statistics),
-            "clipped_channels": _none_for_nan(disparity.clipped),
-            "abs_log_r": _none_for_nan(disparity.abs_log_r),
-            "abs_d": _none_for_nan(disparity.abs_d),
+            "batch_statistics_disparity": named(names, disparity.batch_statistics),
+            "clipped_channels": none_for_nan(disparity.clipped),
+            "abs_log_r": none_for_nan(disparity.abs_log_r),
+            "abs_d": none_for_nan(disparity.abs_d),
         }
     elif disparity.batch_statistics:
         report["frozen_batch_norm"] = {
-            "batch_statistics_disparity": _named(names, disparity.batch_statistics),
+            "batch_statistics_disparity": named(names, disparity.batch_statistics),
         }
     return report
-
-
-def _mismatch(names: list[str], mismatch: TileMismatch) -> dict[str, Any]:
-    return {
-        "per_class": _named(names, mismatch.per_class),
-        "max_dist": _none_for_nan(mismatch.max_dist),
-        "verdict": mismatch.verdict,
-        "max_logit": _none_for_nan(mismatch.max_logit),
-        "num_pairs": mismatch.num_pairs,
-    }
-
-
-def _named(names: list[str], values: Any) -> dict[str, float | None]:
-    return {name: _none_for_nan(value) for name, value in zip_longest(names, values)}
-
-
-def _none_for_nan(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
 
 
 def _log(trainer: NormTrainer, report: dict[str, Any]) -> None:

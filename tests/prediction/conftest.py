@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Images of a test are cut into blocks as large ones are, about 16 x 16 or 8 x 8 x 8 voxels; else they would be one."""
-    from nnunet_norm.prediction import choice
+    from nnunet_norm.prediction import ways
 
-    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**12)
-    monkeypatch.setattr(choice, "SMALLEST_BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(ways, "SMALLEST_BLOCK_BYTES", 2**12)

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from nnunetv2.inference.data_iterators import PreprocessAdapter
 from tiny_models import segmentation, visible, write_image, write_model
 
 from nnunet_norm.errors import InputImageError, OutputError, SetupError, TilingError
-from nnunet_norm.prediction import HaloPredictor
+from nnunet_norm.prediction import HaloPredictor, case_labels, journal
 from nnunet_norm.prediction.workers import Preprocessing, Workers
 
 FILES = ["dataset.json", "halo_prediction.json", "plans.json", "predict_from_raw_data_args.json"]
@@ -99,6 +100,42 @@ def test_continued_prediction_leaves_out_what_is_there(model, images, tmp_path):
     assert (output / "case_0.nii.gz").stat().st_mtime_ns == before
     assert (output / "case_1.nii.gz").exists()
     assert sorted(json.loads((output / "halo_prediction.json").read_text())) == ["case_0", "case_1", "case_2"]
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["box by box", "in one piece"])
+@pytest.mark.parametrize("execution", ["stages", "tiles"])
+def test_a_stopped_prediction_is_continued_to_the_same_files(model, images, tmp_path, monkeypatch, execution, streams):
+    """Wherever it was; also where all logits are held in memory until they are resampled, which no other process has."""
+    monkeypatch.setattr(journal, "NOTE_EVERY", 0.0)
+    if not streams:
+        monkeypatch.setattr(case_labels, "box_resampler", lambda *_: None)
+    for number in (1, 2):
+        (images / f"case_{number}_0000.nii.gz").unlink()
+    predictor, scratch = load(model, (0, 1), execution=execution, scratch=tmp_path / "scratch"), tmp_path / "scratch"
+    steps, left = [0], [10**6]
+
+    def check(workers):
+        steps[0], left[0] = steps[0] + 1, left[0] - 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workers, "check", check)
+    predict(predictor, images, tmp_path / "whole", save_probabilities=True)
+    for stop in range(1, steps[0], max(steps[0] // 4, 1)):
+        output = tmp_path / f"stopped at {stop}"
+        left[0] = stop
+        with pytest.raises(KeyboardInterrupt):
+            predict(predictor, images, output, save_probabilities=True)
+        assert visible(output) == sorted(set(FILES) - {"halo_prediction.json"})
+        assert (len(list(scratch.rglob("manifest.json"))) == 1) == (streams and stop > 1)
+        left[0] = 10**6
+        predict(predictor, images, output, save_probabilities=True, overwrite=False)
+        assert visible(output) == visible(tmp_path / "whole")
+        assert visible(scratch) == []
+        for name in ("case_0.nii.gz", "halo_prediction.json"):
+            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        probabilities = [np.load(folder / "case_0.npz")["probabilities"] for folder in (output, tmp_path / "whole")]
+        assert np.array_equal(*probabilities)
 
 
 def test_parts_divide_the_cases_and_keep_records_of_their_own(model, images, tmp_path):
@@ -274,6 +311,7 @@ def test_a_disk_that_is_really_full(model, images, tmp_path):
             predict(load(model), images, output, save_probabilities=True)
         assert set(visible(output)) <= set(FILES)
     finally:
+        gc.collect()  # the error holds what was mapped
         subprocess.run(["umount", str(output)], check=True)
 
 

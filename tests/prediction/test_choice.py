@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.layers import convert_norm
-from nnunet_norm.prediction import StagesPlan, choice, planning_predictor
-from nnunet_norm.prediction.choice import Wishes, stages_or_reason
+from nnunet_norm.prediction import StagesPlan, choice, planning_predictor, tiling_predictor, ways
+from nnunet_norm.prediction.choice import Task, stages_or_reason
 from nnunet_norm.prediction.memory import size
+from nnunet_norm.prediction.ways import Wishes
 from nnunet_norm.stages import read_network, read_verified
 
 STRIDES = [(1, 1), (2, 2), (2, 2)]
@@ -209,14 +211,15 @@ def test_a_network_is_read_once(monkeypatch):
 @pytest.fixture
 def exact_limits(monkeypatch):
     """This process has taken nothing yet, so that limits are what is written; blocks are as for larger images."""
-    monkeypatch.setattr(choice, "anonymous_memory", lambda: 0)
-    monkeypatch.setattr(choice, "ALLOCATOR_BYTES", 0)
-    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**18)
-    monkeypatch.setattr(choice, "SMALLEST_BLOCK_BYTES", 2**16)
+    for module in (ways, tiling_predictor):
+        monkeypatch.setattr(module, "anonymous_memory", lambda: 0)
+        monkeypatch.setattr(module, "ALLOCATOR_BYTES", 0)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(ways, "SMALLEST_BLOCK_BYTES", 2**16)
 
 
 WIDE = noise(1, 1, 400, 300)
-LIMITS = [2**18 * n for n in range(40, 0, -1)]
+LIMITS = [2**19 * n for n in range(20, 0, -1)]
 
 
 def plans_under_limits(name, **options):
@@ -231,19 +234,32 @@ def plans_under_limits(name, **options):
     return found
 
 
+TILE_REFUSED = r"a tile of .* takes [0-9.]+ .iB of memory in all, and --max-memory {} does not suffice: "
+
+
+def way_of(plan):
+    """How an image is predicted, in a word."""
+    return "refused" if isinstance(plan, str) else plan.get("first_level", plan["plan"])
+
+
 @pytest.mark.usefixtures("exact_limits")
-def test_with_less_memory_the_first_level_is_computed_again_and_then_it_is_refused():
-    """Never more than the limit, which tiles do not keep; each way in its turn; and it is said what does not suffice."""
+def test_with_less_memory_the_first_level_is_computed_again_and_then_the_image_is_cut_and_then_it_is_refused():
+    """Never more than the limit; each way in its turn; the reason for tiles, and the refusal, say what does not suffice."""
     found = plans_under_limits("stored")
-    ways = ["refused" if isinstance(plan, str) else plan["first_level"] for plan in found]
-    assert list(dict.fromkeys(ways)) == ["stored", "computed again", "refused"]
-    assert ways == sorted(ways, key=["stored", "computed again", "refused"].index)
-    plans = [plan for plan in found if isinstance(plan, dict)]
-    assert all(plan["memory_bytes"] <= limit for plan, limit in zip(plans, LIMITS, strict=False))
-    given = f"--max-memory {size(LIMITS[-1])} do not suffice: give --max-memory more or give --scratch a folder"
-    assert found[-1].startswith("--max-memory is for stages: it takes ")
-    assert given in found[-1]
-    assert found[-1].endswith("; else leave it out, and the image is cut into tiles")
+    taken, order = [way_of(plan) for plan in found], ["stored", "computed again", "tiles", "refused"]
+    assert list(dict.fromkeys(taken)) == order
+    assert taken == sorted(taken, key=order.index)
+    staged = [(plan, limit) for plan, limit in zip(found, LIMITS, strict=True) if way_of(plan) in order[:2]]
+    assert all(plan["memory_bytes"] <= limit for plan, limit in staged)
+    for plan, limit in zip(found, LIMITS, strict=True):
+        if way_of(plan) == "tiles":
+            given = f"--max-memory {size(limit)} do not suffice: give --max-memory more or give --scratch a folder"
+            assert plan["why_tiles"].startswith("it takes ")
+            assert given in plan["why_tiles"]
+        elif way_of(plan) == "refused":
+            assert re.match(TILE_REFUSED.format(size(limit)), plan)
+            assert "\n" not in plan
+    assert re.search(r"give at least [0-9.]+ .iB, with --tile-size \d+ \d+; in tiles because it takes", found[-1])
 
 
 @pytest.mark.usefixtures("exact_limits")
@@ -268,14 +284,17 @@ def test_with_too_little_memory_the_image_s_statistics_are_refused():
 def test_with_scratch_on_disk_memory_is_that_of_blocks(name, tmp_path):
     """What was refused, or predicted in tiles, is run stage by stage where scratch lies on a disk."""
     without, found = plans_under_limits(name), plans_under_limits(name, scratch=tmp_path)
-    on_disk = [plan for plan in found if isinstance(plan, dict) and plan["plan"] == "stages"]
-    refused = [line for line in without if isinstance(line, str) or line["plan"] == "tiles"]
-    assert len(on_disk) > len(LIMITS) - len(refused)
-    assert {(plan["scratch"], plan["first_level"]) for plan in on_disk} == {("disk", "stored")}
+    on_disk = [plan for plan in found if way_of(plan) == "stored"]
+    assert found[: len(on_disk)] == on_disk
+    assert len(on_disk) > len([plan for plan in without if way_of(plan) in ("stored", "computed again")])
+    assert {plan["scratch"] for plan in on_disk} == {"disk"}
     assert all(plan["memory_bytes"] <= limit for plan, limit in zip(on_disk, LIMITS, strict=False))
-    last = found[-1] if isinstance(found[-1], str) else found[-1]["why_tiles"]
-    assert "give --max-memory more" in last
-    assert "give --scratch" not in last
+    assert {way_of(plan) for plan in found[len(on_disk) :]} == {"refused"}
+    if name == "InstanceNorm":
+        assert "give --max-memory more; else" in found[-1]
+    else:
+        assert re.match(TILE_REFUSED.format(size(LIMITS[-1])), found[-1])
+    assert "give --scratch" not in found[-1]
 
 
 @pytest.mark.usefixtures("exact_limits")
@@ -293,19 +312,20 @@ def test_the_memory_that_is_asked_for_suffices():
 def test_memory_that_is_taken_already_counts(monkeypatch):
     """The limit is that of the process."""
     made = predictor(NETWORKS["stored"], PATCH, execution="stages", max_memory=2**30)
+    monkeypatch.setattr(ways, "anonymous_memory", lambda: 0)
     before = made.plan(WIDE)
-    monkeypatch.setattr(choice, "anonymous_memory", lambda: 2**30 - before.memory_bytes // 4)
+    monkeypatch.setattr(ways, "anonymous_memory", lambda: 2**30 - before.memory_bytes // 4)
     with pytest.raises(TilingError, match="--max-memory 1 GiB do not suffice"):
         made.plan(WIDE)
 
 
 def test_without_a_limit_the_memory_that_is_available_is_one(monkeypatch):
     """And it is named as such; where nothing is known, nothing is refused."""
-    monkeypatch.setattr(choice, "default_max_memory", lambda: 2**20)
+    monkeypatch.setattr(ways, "default_max_memory", lambda: 2**20)
     made = predictor(NETWORKS["stored"], PATCH, execution="stages")
     with pytest.raises(TilingError, match=r"and the 1 MiB that are available do not suffice: give --scratch a f"):
         made.plan(WIDE)
-    monkeypatch.setattr(choice, "default_max_memory", lambda: None)
+    monkeypatch.setattr(ways, "default_max_memory", lambda: None)
     assert made.plan(WIDE).first_level == "stored"
 
 
@@ -315,7 +335,7 @@ def test_too_little_disk_is_refused_with_what_would_do(tmp_path, monkeypatch):
     full = roomy.schedule.scratch_bytes + roomy.result_bytes
 
     def free(count):
-        monkeypatch.setattr(choice, "free_disk", lambda folder: count)
+        monkeypatch.setattr(ways, "free_disk", lambda folder: count)
 
     free(full)
     assert predictor(NETWORKS["stored"], PATCH, scratch=tmp_path).plan(WIDE).first_level == "stored"
@@ -329,10 +349,9 @@ def test_too_little_disk_is_refused_with_what_would_do(tmp_path, monkeypatch):
         predictor(NETWORKS["stored"], PATCH, scratch=tmp_path, execution="stages").plan(WIDE)
     with pytest.raises(TilingError, match=NOT_HAD.format("its scratch takes .* free: choose a folder with more")):
         predictor(NETWORKS["InstanceNorm"], PATCH, scratch=tmp_path).plan(WIDE)
-    with pytest.raises(
-        TilingError, match=rf"--scratch is for stages: {expected}; else leave it out, and the image is cut into"
-    ):
-        predictor(NETWORKS["stored"], PATCH, scratch=tmp_path).plan(WIDE)
+    tiles = predictor(NETWORKS["stored"], PATCH, scratch=tmp_path).plan(WIDE).as_dict()
+    assert tiles["plan"] == "tiles"
+    assert re.fullmatch(expected, tiles["why_tiles"])
 
 
 @pytest.mark.usefixtures("exact_limits")
@@ -352,36 +371,80 @@ def test_blocks_shrink_before_memory_runs_out(tmp_path):
 )
 def test_scratch_lies_on_the_device_where_it_fits(free, on_device, place, monkeypatch):
     """Half of what is free there, unless image and result are to stay on the CPU; in half precision."""
-    monkeypatch.setattr(choice, "free_on", lambda device: free)
-    plan = stages_or_reason(
-        Wishes("auto", None, None, None, False),
-        "stored",
-        read_network(NETWORKS["stored"]),
-        (400, 300),
+    monkeypatch.setattr(ways, "free_on", lambda device: free)
+    task = Task(
+        image_shape=(400, 300),
         slices=1,
         mirror_axes=(),
         device=torch.device("cuda"),
         dtype=torch.float32,
         on_device=on_device,
     )
+    plan = stages_or_reason(Wishes("auto", None, None, None, False), "stored", read_network(NETWORKS["stored"]), task)
     assert plan.place == place
     assert plan.schedule.itemsize == 2
 
 
-@pytest.mark.parametrize("limit", ["max_memory", "scratch"])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("stored", {"execution": "tiles"}),
-        ("stored", {"halo": 4}),
-        ("InstanceNorm", {"population": "tile"}),
-        ("unknown, stored", {}),
-    ],
-    ids=["tiles", "halo", "tile statistics", "unknown"],
-)
-def test_limits_that_tiles_would_not_keep_are_refused(name, options, limit, tmp_path):
-    """Memory and scratch are promises of stages; nobody who gives them gets tiles without a word."""
-    given = {"max_memory": 2**34, "scratch": tmp_path}[limit]
-    flag = "--" + limit.replace("_", "-")
-    with pytest.raises(TilingError, match=f"{flag} is for stages"):
-        predictor(NETWORKS[name], PATCH, **options, **{limit: given}).plan(WIDE)
+TILES = {
+    "tiles": ("stored", {"execution": "tiles"}),
+    "halo": ("stored", {"halo": 4}),
+    "tile statistics": ("InstanceNorm", {"population": "tile"}),
+    "unknown": ("unknown, stored", {}),
+}
+
+
+@pytest.mark.parametrize("asked", TILES)
+def test_limits_are_kept_with_tiles(asked, tmp_path):
+    """Memory is a promise of both ways; scratch is where it may lie, and tiles need none."""
+    name, options = TILES[asked]
+    plain = predictor(NETWORKS[name], PATCH, **options).plan(WIDE)
+    assert plain.as_dict()["plan"] == "tiles"
+    for given in ({"max_memory": 2**34}, {"scratch": tmp_path}):
+        assert predictor(NETWORKS[name], PATCH, **options, **given).plan(WIDE).as_dict() == plain.as_dict()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TilingError, match=TILE_REFUSED.format("1 MiB")):
+        predictor(NETWORKS[name], PATCH, **options, max_memory=2**20).plan(WIDE)
+
+
+# --- what predicting to labels takes ---
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_the_bytes_of_the_result_are_those_of_what_is_held(slices):
+    """All slices as an array; nothing where one pass is handed on; a plane where several are added up, two to resume."""
+    task = Task(
+        image_shape=(40, 30),
+        slices=slices,
+        mirror_axes=(),
+        device=torch.device("cpu"),
+        dtype=torch.float16,
+        on_device=False,
+    )
+    plane = 5 * 40 * 30 * 4  # half precision is added up in single precision
+
+    def bytes_of(on_disk, **changes):
+        return replace(task, **changes).result_bytes(5, on_disk=on_disk)
+
+    for on_disk in (False, True):
+        assert bytes_of(on_disk) == bytes_of(on_disk, folds=2) == slices * plane
+        assert bytes_of(on_disk, streamed=True, resumable=True) == 0
+        for several in ({"folds": 2}, {"mirror_axes": (1,)}, {"folds": 3, "mirror_axes": (0, 1)}):
+            assert bytes_of(on_disk, streamed=True, **several) == plane
+            assert bytes_of(on_disk, streamed=True, resumable=True, **several) == (2 if on_disk else 1) * plane
+
+
+@pytest.mark.usefixtures("exact_limits")
+def test_scratch_goes_to_the_spare_folder_only_where_memory_is_short(tmp_path, monkeypatch, caplog):
+    """That of the case's work; and where another folder was named, never."""
+    caplog.set_level(logging.INFO, "nnunet_norm")
+    made = predictor(NETWORKS["InstanceNorm"], PATCH)
+    task = made.task(WIDE, streamed=True, resumable=True)
+    assert made.stages_or_reason(task, tmp_path).place == "memory"
+    assert caplog.messages == []
+    monkeypatch.setattr(ways, "default_max_memory", lambda: 2**21)
+    spare = made.stages_or_reason(task, tmp_path)
+    assert (spare.place, spare.scratch_folder) == ("disk", tmp_path)
+    (line,) = caplog.messages
+    assert line.startswith(f"scratch goes to {tmp_path}: the whole image's statistics cannot be had: it takes ")
+    made.scratch = tmp_path / "named"
+    assert made.stages_or_reason(task, tmp_path).scratch_folder == tmp_path / "named"

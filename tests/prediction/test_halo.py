@@ -154,4 +154,14 @@ def test_decision_goes_into_json():
         "reason": decision.reason,
         "statistics": "fixed",
         "tiles": 6,
+        "measured_error": None,
     }
+
+
+def test_a_tile_that_was_chosen_for_the_image_stays():
+    """It neither grows nor is refused for a halo that an axis in one piece does not need; the words of halos stay."""
+    reach = field((44, 37), (44, 37), stride=8)
+    decision = choose((1000, 60), reach, (176, 64), automatic=True, halo=60)
+    assert (decision.tile_size, decision.halo) == ((176, 64), ((60, 60), (0, 0)))
+    assert choose((1000, 60), reach, (96, 64), lambda: ((5, 5),) * 2, automatic=True).halo == ((5, 5), (0, 0))
+    assert choose((1000, 60), reach, (96, 64), automatic=True, halo="exact").halo == ((48, 40), (0, 0))

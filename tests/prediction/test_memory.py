@@ -55,10 +55,10 @@ from types import SimpleNamespace
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
-from nnunet_norm.prediction import HaloPredictor, choice
+from nnunet_norm.prediction import HaloPredictor, ways
 from nnunet_norm.prediction.memory import anonymous_memory
 
-choice.ALLOCATOR_SHARE, choice.ALLOCATOR_BYTES = 1.0, 0  # what is counted, without the margin
+ways.ALLOCATOR_SHARE, ways.ALLOCATOR_BYTES = 1.0, 0  # what is counted, without the margin
 torch.manual_seed(0)
 torch.set_num_threads(1)
 

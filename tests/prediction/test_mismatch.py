@@ -4,7 +4,7 @@ from tiny_networks import INSTANCE_NORM, noise, predictor, randomized, unet, who
 
 from nnunet_norm.layers import convert_norm, find_norms
 from nnunet_norm.metrics import compare_pair, summarize
-from nnunet_norm.prediction import choice, measure_block_pairs, measure_tile_pairs
+from nnunet_norm.prediction import measure_block_pairs, measure_tile_pairs, ways
 from nnunet_norm.prediction.execution import Result
 from nnunet_norm.stages.moments import ChannelMoments
 from nnunet_norm.stages.windows import Convolution
@@ -108,7 +108,7 @@ def largest(pairs):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks_elsewhere_have_no_mismatch(name, block_bytes, monkeypatch):
     """Also with image statistics, of which nothing but the order of summation depends on blocks, and in one pass."""
-    monkeypatch.setattr(choice, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", block_bytes)
     pairs = block_pairs(name)
     assert len(pairs) == 12 if block_bytes == 2**12 else 2 <= len(pairs) <= 16
     assert all(first.shape == second.shape and first.numel() for first, second in pairs)

@@ -15,10 +15,10 @@ from trained_models import write_trained
 from nnunet_norm.errors import ExperimentalBatchesError, InputImageError, StatisticsError, TilingError
 from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.layers import convert_norm, find_norms, tracks_statistics
-from nnunet_norm.prediction import HaloPredictor, choice
-from nnunet_norm.prediction.choice import Wishes
+from nnunet_norm.prediction import HaloPredictor, ways
 from nnunet_norm.prediction.population_estimate import PopulationEstimator, divided, preprocessed_images
 from nnunet_norm.prediction.populations import each_batch, each_case, network_for, the_folder
+from nnunet_norm.prediction.ways import Wishes
 
 STRIDES = [(1, 1), (2, 2), (2, 2)]
 PATCH = (16, 16)
@@ -186,8 +186,8 @@ def test_images_that_are_no_multiple_of_the_stride_are_padded_as_in_prediction()
 
 def test_scratch_of_the_estimate_lies_on_the_disk_and_is_gone_afterwards(tmp_path, monkeypatch):
     """All images together do not fit into memory: with --scratch they are run stage by stage nevertheless."""
-    monkeypatch.setattr(choice, "ALLOCATOR_BYTES", 0)
-    monkeypatch.setattr(choice, "anonymous_memory", lambda: 0)
+    monkeypatch.setattr(ways, "ALLOCATOR_BYTES", 0)
+    monkeypatch.setattr(ways, "anonymous_memory", lambda: 0)
     in_memory = estimator(unet(STRIDES)).estimate(IMAGES, "x").statistics
     made = estimator(unet(STRIDES), max_memory=2**18, scratch=tmp_path)
     estimate = made.estimate(IMAGES, "x")

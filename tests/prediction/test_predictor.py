@@ -15,7 +15,8 @@ from torch.nn import functional
 from nnunet_norm.errors import ArchitectureError, InputImageError, TilingError
 from nnunet_norm.layers import convert_norm
 from nnunet_norm.prediction import HaloPredictor
-from nnunet_norm.prediction.execution import Result, TilesPlan
+from nnunet_norm.prediction.execution import Folds, Result
+from nnunet_norm.prediction.tiles_plan import TilesPlan
 from nnunet_norm.receptive_field import trace
 from nnunet_norm.tiling import smallest_tile
 
@@ -95,7 +96,7 @@ def test_a_halo_one_voxel_too_small_shows(less):
     cut = TilesPlan(replace(exact.decision, halo=((0, 0), (before - less[0], after - less[1]))), exact.shape)
     result = Result(image.shape[1:])
     with torch.no_grad():
-        cut.run(network, image, result)
+        cut.run(Folds(network), image, result)
     difference = (result.logits - whole(network, image, ())).abs().max()
     assert difference < TOLERANCE if less == (0, 0) else difference > 1e-6
 
@@ -261,29 +262,71 @@ def test_wrapped_networks_are_unwrapped(wrap, execution):
     assert (result - whole(network, image)).abs().max() < TOLERANCE
 
 
-def test_out_of_memory_moves_the_result_only(monkeypatch, caplog):
-    """OutOfMemoryError retries with the result on the CPU; a second one is a refusal; other errors are not touched."""
-    caplog.set_level(logging.INFO, "nnunet_norm")
-    tiled = predictor(unet([(1, 1), (2, 2)]), (8, 8), execution="tiles")
-    tiled.perform_everything_on_device = True
-    image = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    errors = [torch.OutOfMemoryError("first")]
-    real = tiled._tiled_on
-    monkeypatch.setattr(tiled, "_tiled_on", lambda *a: raise_(errors.pop()) if errors else real(*a))
-    tiled.predict_sliding_window_return_logits(image)
-    assert "kept on the CPU" in caplog.messages[-1]
-    errors = [torch.OutOfMemoryError("second"), torch.OutOfMemoryError("first")]
-    with pytest.raises(
-        TilingError, match=r"memory is too small \(image of 8 x 8 voxels: 1 tile of .*choose a smaller --tile"
-    ):
-        tiled.predict_sliding_window_return_logits(image)
-    errors = [RuntimeError("something else")]
+@pytest.mark.parametrize(("norm", "population"), [(BATCH_NORM, "stored"), (INSTANCE_NORM, "tile")])
+def test_the_tiles_of_all_folds_are_one_plan(norm, population, monkeypatch):
+    """That of the first fold's weights, and every tile goes through all folds before the next one is read."""
+    measured, used = [], []
+    monkeypatch.setattr(
+        "nnunet_norm.prediction.measured_halo.effective",
+        lambda network, _: measured.append(next(network.parameters()).clone()) or ((3, 3), (3, 3)),
+    )
+    networks = [unet([(1, 1), (2, 2)], seed=seed, norm=norm) for seed in (1, 2, 3)]
+    image = torch.randn(1, 1, 40, 10, dtype=torch.float64)
+    made = predictor(unet([(1, 1), (2, 2)], norm=norm), (16, 16), execution="tiles", population=population)
+    made.list_of_parameters = [network.state_dict() for network in networks]
+    real, numbers = made.bare_network.load_state_dict, [id(weights) for weights in made.list_of_parameters]
+    monkeypatch.setattr(
+        made.bare_network, "load_state_dict", lambda weights: used.append(numbers.index(id(weights))) or real(weights)
+    )
+    made.predict_logits_from_preprocessed_data(image)
+    assert made.last_plan.decision.tiles > 1
+    assert used == [0, 1, 2] * made.last_plan.decision.tiles
+    assert len(measured) == (1 if population == "tile" else 0)
+    assert all(torch.equal(weights, next(networks[0].parameters())) for weights in measured)
+
+
+@in_both_ways
+def test_progress_is_told_and_the_result_stays_where_it_was_asked_for(execution):
+    """One step per tile whatever is averaged there, or per block and fold; the logits are in the memory of the CPU."""
+    network, image, calls = unet([(1, 1), (2, 2)]), torch.randn(1, 2, 40, 36, dtype=torch.float64), []
+    made = predictor(network, (16, 16), mirror_axes=(0, 1), execution=execution)
+    plan, result = made.plan(image), Result(image.shape[1:])
+    with torch.inference_mode():
+        plan.run(Folds(network, 3), image, result, lambda: calls.append(1))
+    assert len(calls) == plan.steps(3)
+    assert plan.steps(3) == (plan.decision.tiles if execution == "tiles" else 2 * 4 * 3 * plan.schedule.steps)
+    assert result.logits.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_a_tile_that_does_not_fit_into_memory_is_refused(on_device):
+    """OutOfMemoryError is one line with the remedy, at any tile and wherever scratch may lie; others are left as they are."""
+    network, image = unet([(1, 1), (2, 2)]), torch.randn(1, 1, 40, 8, dtype=torch.float64)
+    tiled = predictor(network, (8, 8), execution="tiles", tile_size=(16, 8), halo=(4, 0))
+    tiled.perform_everything_on_device = on_device
+    tiled.predict_sliding_window_return_logits(image)  # reads the network, and measures what the halo does
+    tiles = tiled.last_plan.decision.tiles
+    assert tiles > 2
+    for number in range(tiles):
+        errors = [None] * number + [torch.OutOfMemoryError("CUDA out of memory")]
+        hook = network.register_forward_pre_hook(lambda *_, left=errors: raise_(left.pop(0)))
+        with pytest.raises(
+            TilingError, match=rf"memory is too small \(image of 40 x 8 voxels: {tiles} tiles .*choose a smaller --tile"
+        ) as refused:
+            tiled.predict_sliding_window_return_logits(image)
+        hook.remove()
+        assert "\n" not in str(refused.value)
+        assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
+        assert errors == []
+    hook = network.register_forward_pre_hook(lambda *_: raise_(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         tiled.predict_sliding_window_return_logits(image)
+    hook.remove()
 
 
 def raise_(error):
-    raise error
+    if error is not None:
+        raise error
 
 
 @in_both_ways
@@ -331,4 +374,5 @@ def test_constructor_is_nnunets():
         ("scratch", "KEYWORD_ONLY"),
         ("max_memory", "KEYWORD_ONLY"),
         ("fold_norms", "KEYWORD_ONLY"),
+        ("trust_checkpoint", "KEYWORD_ONLY"),
     ]

@@ -22,8 +22,10 @@ from tiny_networks import (
 
 from nnunet_norm.errors import OutputError, TilingError
 from nnunet_norm.layers import convert_norm
-from nnunet_norm.prediction import choice, stages_plan
-from nnunet_norm.prediction.execution import Result
+from nnunet_norm.prediction import ways
+from nnunet_norm.prediction.execution import Folds, Result
+from nnunet_norm.prediction.passes import mirrored, read_mirrored
+from nnunet_norm.prediction.stages_plan import with_blocks_elsewhere
 from nnunet_norm.receptive_field import trace
 from nnunet_norm.stages import Scratch, ScratchOnDisk, make_schedule
 from nnunet_norm.stages.moments import ChannelMoments
@@ -189,7 +191,7 @@ def test_the_first_level_computed_again_gives_the_same(name):
     stored = made.plan(image)
     schedule = stored.schedule
     again = make_schedule(
-        schedule.graph, schedule.extents[0], itemsize=8, store_first_level=False, block_bytes=choice.BLOCK_BYTES
+        schedule.graph, schedule.extents[0], itemsize=8, store_first_level=False, block_bytes=ways.BLOCK_BYTES
     )
     assert again.scratch_bytes < schedule.scratch_bytes
     assert again.passes > schedule.passes
@@ -235,22 +237,36 @@ def test_a_norm_that_sees_a_block_shows(monkeypatch):
     assert relative(result, whole(network, image)) > 1e-3
 
 
-def test_progress_is_told_as_often_as_was_said():
-    """One step per block, slice, and mirrored pass."""
-    made = predictor(NETWORKS["2d"], (8, 8), mirror_axes=(0, 1))
-    image, calls = image_for("2d"), []
+@pytest.mark.parametrize("name", ["2d", "2d InstanceNorm"])
+@pytest.mark.parametrize("folds", [1, 2])
+def test_progress_is_told_as_often_as_was_said(name, folds):
+    """One step per block, slice, mirrored pass and fold, and the weights of a fold are asked for before its passes."""
+    made = predictor(NETWORKS[name], (8, 8), mirror_axes=(0, 1))
+    image, calls, used = image_for(name), [], []
     plan = made.plan(image)
     result = Result(image.shape[1:])
     with torch.inference_mode():
-        plan.run(None, image, result, lambda: calls.append(1))
-    assert len(calls) == plan.steps
-    assert plan.steps == 3 * 4 * plan.schedule.steps > 12 * len(plan.schedule.pieces)
+        plan.run(Folds(NETWORKS[name], folds, used.append), image, result, lambda: calls.append(1))
+    assert len(calls) == plan.steps(folds)
+    assert plan.steps(folds) == 3 * 4 * folds * plan.schedule.steps > 12 * folds * len(plan.schedule.pieces)
+    assert used == [fold for _ in range(3) for fold in range(folds) for _ in range(4)]
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+def test_progress_of_one_pass_is_one_step_per_slice(folds, monkeypatch):
+    """Whatever is averaged there."""
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**30)
+    made, image, calls = predictor(NETWORKS["2d"], (8, 8), mirror_axes=(0, 1)), image_for("2d"), []
+    plan = made.plan(image)
+    with torch.inference_mode():
+        plan.run(Folds(NETWORKS["2d"], folds), image, Result(image.shape[1:]), lambda: calls.append(1))
+    assert len(calls) == plan.steps(folds) == 3
 
 
 @pytest.mark.parametrize("name", ["2d", "3d InstanceNorm"])
 def test_an_image_of_one_block_goes_through_the_network_as_it_is(name, tmp_path, monkeypatch):
     """To the last bit what one pass gives; no scratch is made, and the record says so."""
-    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**30)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**30)
     network, image = NETWORKS[name], image_for(name)
     made = predictor(network, (8,) * len(FIELDS[name].stride), scratch=tmp_path / "none")
     result = made.predict_sliding_window_return_logits(image)
@@ -263,15 +279,15 @@ def test_an_image_of_one_voxel_at_the_bottom_is_predicted_in_blocks_and_in_one(m
     network, image = NETWORKS["2d InstanceNorm"], noise(1, 2, 3, 4)
     results = []
     for block_bytes in (2**6, 2**30):
-        monkeypatch.setattr(choice, "BLOCK_BYTES", block_bytes)
-        monkeypatch.setattr(choice, "SMALLEST_BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(ways, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(ways, "SMALLEST_BLOCK_BYTES", block_bytes)
         results.append(predictor(network, (8, 8)).predict_sliding_window_return_logits(image))
     assert relative(*results) < EXACT["image"]
 
 
 def test_one_pass_that_the_device_cannot_hold_is_made_in_blocks(monkeypatch):
     """The device's memory may hold less than was thought."""
-    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**30)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**30)
     network, image, passes = copy.deepcopy(NETWORKS["2d"]), image_for("2d"), []
     expected = whole(network, image)
 
@@ -293,10 +309,10 @@ def test_one_pass_that_the_device_cannot_hold_is_made_in_blocks(monkeypatch):
 @pytest.mark.parametrize("name", ["2d", "3d residual", "3d InstanceNorm"])
 def test_an_interrupted_prediction_leaves_nothing(name, scratch, tmp_path):
     """Ctrl-C after any block: it is handed on, and the folder is empty."""
-    image, total = image_for(name), None
+    image = image_for(name)
     made = predictor(NETWORKS[name], (8,) * len(FIELDS[name].stride), scratch=tmp_path if scratch else None)
     plan = made.plan(image)
-    total = plan.steps
+    total = plan.steps(2)
     for stop in range(0, total, max(total // 10, 1)):
         calls = iter(range(total))
 
@@ -305,7 +321,7 @@ def test_an_interrupted_prediction_leaves_nothing(name, scratch, tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt), torch.inference_mode():
-            plan.run(None, image, Result(image.shape[1:], plan.result_memory), progress)
+            plan.run(Folds(NETWORKS[name], 2), image, Result(image.shape[1:], plan.result_memory), progress)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -345,9 +361,11 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
     try:
         made = predictor(NETWORKS["2d"], (8, 8), scratch=disk)
         image = noise(1, 1, 100, 100)
-        with pytest.raises(TilingError, match="and --scratch has 64 KiB free: choose a folder with more"):
-            made.plan(image)
-        monkeypatch.setattr(choice, "free_disk", lambda folder: 2**40)
+        too_small = "and --scratch has 64 KiB free: choose a folder with more"
+        assert made.plan(image).as_dict()["why_tiles"].endswith(too_small)
+        with pytest.raises(TilingError, match=too_small):
+            predictor(NETWORKS["2d"], (8, 8), scratch=disk, execution="stages").plan(image)
+        monkeypatch.setattr(ways, "free_disk", lambda folder: 2**40)
         with pytest.raises(
             OutputError, match=r"scratch of \d+ bytes cannot be made in .*: choose a --scratch folder with"
         ):
@@ -375,18 +393,18 @@ def test_a_mirrored_region_is_that_of_the_flipped_image(extents, data):
     whole_image[(0, slice(None), *(slice(n) for n in extents))] = image
     expected = whole_image.flip([axis + 2 for axis in flip])
     expected = expected[(slice(None), slice(None), *(slice(*interval) for interval in region))]
-    place = stages_plan.mirrored(tuple(region), padded, flip)
-    assert torch.equal(stages_plan.read_mirrored(image, place, flip), expected)
-    assert stages_plan.mirrored(place, padded, flip) == tuple(region)
+    place = mirrored(tuple(region), padded, flip)
+    assert torch.equal(read_mirrored(image, place, flip), expected)
+    assert mirrored(place, padded, flip) == tuple(region)
 
 
 @pytest.mark.parametrize("name", ["2d", "3d residual", "2d InstanceNorm"])
 def test_two_grids_of_blocks_share_no_border(name, monkeypatch):
     """So that what one computes in the middle of a block, the other computes at borders; also where all fits one block."""
-    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**30)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**30)
     plan = predictor(NETWORKS[name], (8,) * len(FIELDS[name].stride), mirror_axes=(0,)).plan(image_for(name))
     assert plan.schedule.steps == len(plan.schedule.pieces)
-    first, second = stages_plan.with_blocks_elsewhere(plan)
+    first, second = with_blocks_elsewhere(plan)
     assert first.mirror_axes == second.mirror_axes == ()
     for piece in range(len(plan.schedule.pieces)):
         extents = plan.schedule.extents[plan.schedule.pieces[piece].target]

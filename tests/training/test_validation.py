@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_norm.errors import ArchitectureError, TilingError
-from nnunet_norm.prediction import choice, planning_predictor
+from nnunet_norm.prediction import planning_predictor, ways
 from nnunet_norm.stages.windows import Convolution
 
 INSTANCE, BRN = "nnUNetTrainerInstanceNorm_1epochs", "nnUNetTrainerBRN_1epochs"
@@ -94,8 +94,8 @@ def test_a_network_that_is_not_known_is_validated_in_tiles(dataset, name, monkey
 @pytest.mark.parametrize("name", [INSTANCE, BRN])
 def test_where_memory_is_short_the_scratch_goes_to_the_disk(dataset, name, monkeypatch, tmp_path):
     """The same statistics for every case, and the same exactness; no option of nnUNetv2_train could mend it."""
-    monkeypatch.setattr(choice, "default_max_memory", lambda: 2**20)
-    monkeypatch.setattr(choice, "BLOCK_BYTES", 2**12)  # else these images are one block, which needs no scratch
+    monkeypatch.setattr(ways, "default_max_memory", lambda: 2**20)
+    monkeypatch.setattr(ways, "BLOCK_BYTES", 2**12)  # else these images are one block, which needs no scratch
     report, log = validated(dataset, name)
     plans = report["predictor"]["plans"]
     assert {(plan["plan"], plan["scratch"]) for plan in plans} == {("stages", "disk")}
