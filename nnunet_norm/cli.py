@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "derive a new plans file from an existing one",
     "predict": "predict without seams, as if every image went through the network in one piece",
     "recalibrate": "give a trained model the statistics of other images: a new domain, a batch, a single image",
+    "diagnose": "say whether a trained model has a normalization problem, and show why in one report",
     "export": "write a model that stock nnU-Net runs without this package, or pretrained weights for a training",
     "demo": "train, predict and compare InstanceNorm and BatchRenorm on a brain template, on the CPU",
 }
@@ -84,3 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+if __name__ == "__main__":  # jobs of a cluster are started so, with the Python that submitted them
+    sys.exit(main())

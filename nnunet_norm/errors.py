@@ -49,5 +49,9 @@ class SetupError(NnunetNormError):
     """An environment variable or an optional package that is missing."""
 
 
+class SubmissionError(NnunetNormError):
+    """Jobs that a cluster refuses, or one that failed."""
+
+
 class ExperimentalBatchesError(NnunetNormError):
     """A file of experimental batches that is missing, malformed, or does not fit the dataset or the plans."""

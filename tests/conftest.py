@@ -1,6 +1,7 @@
-"""What every test starts from: none of the user's nnU-Net settings, no window for a figure, and one thread."""
+"""What every test starts from: none of the user's nnU-Net settings, no window for a figure, one thread; a pretended SLURM."""
 
 import os
+import stat
 
 import pytest
 
@@ -12,6 +13,24 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+SBATCH = """#!/bin/sh
+# Numbers the jobs, and keeps their scripts and what the environment says of the job that submits.
+n=$(( $(cat {folder}/count 2>/dev/null || echo 40) + 1 ))
+echo $n > {folder}/count
+cp "$1" {folder}/script_$n
+env > {folder}/env_$n
+if grep -q "partition=none" "$1"; then echo "sbatch: error: invalid partition specified: none" >&2; exit 1; fi
+if [ -n "$REFUSE_DEPENDENT" ] && grep -q dependency "$1"; then echo "sbatch: error: no such QOS" >&2; exit 1; fi
+echo "Submitted batch job $n"
+"""
+
+SQUEUE = """#!/bin/sh
+cat {folder}/queue 2>/dev/null && exit 0
+echo "slurm_load_jobs error: $(cat {folder}/why)" >&2
+exit 1
+"""
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Arrays in tests are too small to be worth sharing out."""
@@ -21,3 +40,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Programs of a pretended SLURM that come first on the PATH; the folder of what they keep."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "srun": "#!/bin/sh\n"}.items():
+        (folder / name).write_text(text.format(folder=folder))
+        (folder / name).chmod(stat.S_IRWXU)
+    (folder / "why").write_text("Invalid job id specified")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder

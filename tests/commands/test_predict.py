@@ -18,7 +18,9 @@ NNUNET_FLAGS = {
     *("--verbose", "--disable_progress_bar", "--not_on_device"),
 }
 OUR_FLAGS = {"-m", "--tile-size", "--halo", "--execution", "--population", "--scratch", "--max-memory", "--no_folding"}
-OUR_FLAGS |= {"--batches", "--controls"}
+OUR_FLAGS |= {"--batches", "--controls", "--trust-checkpoint", "--level", "--verify_parts"}
+OUR_FLAGS |= {"--slurm", "--slurm_partition", "--slurm_gpus", "--slurm_cpus", "--slurm_memory", "--slurm_minutes"}
+OUR_FLAGS |= {"--slurm_array_limit", "--slurm_setup", "--slurm_wait"}
 HERE = ["-npp", "0", "-nps", "0", "-device", "cpu", "--disable_progress_bar"]
 NAME = "Dataset901_Tiny/nnUNetTrainer__nnUNetPlans__3d_fullres"
 
@@ -113,7 +115,7 @@ def test_flags_reach_the_predictor(place, monkeypatch):
 
 def test_scratch_lies_in_the_folder_and_is_gone_afterwards(place, monkeypatch):
     """Stage by stage with files: the same segmentation as in memory, and an empty folder."""
-    monkeypatch.setattr("nnunet_norm.prediction.choice.BLOCK_BYTES", 2**14)
+    monkeypatch.setattr("nnunet_norm.prediction.ways.BLOCK_BYTES", 2**14)
     scratch = place / "scratch"
     assert predict(place, "-m", str(place / NAME), "-f", "0", "--scratch", str(scratch), "--max-memory", "8G") == 0
     assert visible(scratch) == []
@@ -255,3 +257,21 @@ def test_fold_must_be_a_number_or_all(place, capsys):
     with pytest.raises(SystemExit):
         predict(place, "-m", str(place / NAME), "-f", "first")
     assert "'first' is neither a number nor 'all'" in capsys.readouterr().err
+
+
+def test_tile_size_may_be_auto(place, capsys):
+    """The tile that costs least, here the whole image; another word is refused."""
+    flags = ("-m", str(place / NAME), "-f", "0", "--execution", "tiles", "--tile-size")
+    assert predict(place, *flags, "auto") == 0
+    record = json.loads((place / "out" / "halo_prediction.json").read_text())
+    assert (record["a"]["tiles"], record["a"]["exact"]) == (1, True)
+    assert "--tile-size large is neither auto nor numbers" in refusal(place, capsys, *flags, "large")
+
+
+def test_the_error_of_a_small_halo_is_said_and_recorded(place, capsys):
+    """Measured on the image: in one line on stdout, and in the record."""
+    assert predict(place, "-m", str(place / NAME), "-f", "0", "--tile-size", "12", "--halo", "1") == 0
+    assert capsys.readouterr().out.count("the halo is smaller than the theoretical reach: on ") == 1
+    error = json.loads((place / "out" / "halo_prediction.json").read_text())["a"]["measured_error"]
+    assert error["logits"] > 0
+    assert error["exact"]
