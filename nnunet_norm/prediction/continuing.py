@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -83,14 +82,8 @@ def identity_of_model(list_of_parameters: Sequence[Mapping[str, Any]]) -> str:
 
 
 def identity_of_software() -> dict[str, str]:
-    """The versions and processors that compute; another one may round otherwise."""
-    return {
-        "nnunet_norm": __version__,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-    }
+    """The versions that compute; another one may round otherwise."""
+    return {"nnunet_norm": __version__, "torch": torch.__version__}
 
 
 @contextmanager

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nnunet_norm.errors import OutputError
 from nnunet_norm.stages.journal import Progress
@@ -82,13 +85,13 @@ class RunJournal:
 
         Args:
             folder: the work folder; it exists, and nobody else works in it.
-            identity: what is predicted, with what, and by which options; JSON.
+            identity: what is predicted, with what, and by which options; JSON. The processors that compute come to it.
 
         Raises:
             OutputError: the manifest is not readable, or that of another prediction.
         """
         self.folder = folder
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps({**identity, "processors": _processors()}))
         self.pins: dict[str, Any] = {}
         self.position = Position()
         content = self._read()
@@ -116,6 +119,10 @@ class RunJournal:
     def is_due(self) -> bool:
         """Whether the time has come for another point."""
         return time.monotonic() - self._noted >= NOTE_EVERY
+
+    def needs(self, name: str) -> bool:
+        """Whether the last point names a file."""
+        return name in self.position.files
 
     def note(self, position: Position) -> None:
         """Write a point, after everything that it stands on.
@@ -195,9 +202,19 @@ class PassJournal:
         """See ``RunJournal.is_due``."""
         return self.journal.is_due()
 
+    def needs(self, name: str) -> bool:
+        """See ``RunJournal.needs``."""
+        return self.journal.needs(name)
+
     def note(self, progress: Progress) -> None:
         """See ``RunJournal.note``."""
         self.journal.note(Position(self.plane, self.step, self.results, progress))
+
+
+def _processors() -> list[str]:
+    """What computes here; another one may round otherwise."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability(), gpu]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

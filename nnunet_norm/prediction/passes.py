@@ -57,9 +57,7 @@ class Passes:
             before, now = self._added(number, before, now, start), None
         assert before is not None
         stream(before.logits, self.sink)
-        if self.journal is not None:
-            self.journal.note(Position(start.plane + 1))
-        self.scratch.free(before.logits)
+        self._free(before, Position(start.plane + 1))
 
     def _reopened(self, start: Position, place: int) -> Result | None:
         """A result that another process left."""
@@ -79,10 +77,16 @@ class Passes:
         old = "" if before is None else self.scratch.name_of(before.logits)
         new = self.scratch.name_of(now.logits)
         self._pass(number, _Sum(before, now), start, (old, new))
-        self.journal.note(Position(start.plane, number + 1, (new,)))
         if before is not None:
-            self.scratch.free(before.logits)
+            self._free(before, Position(start.plane, number + 1, (new,)))
         return now
+
+    def _free(self, result: Result, position: Position) -> None:
+        """Give up a result that is not needed from a position on; if the last point names it, the position is noted first."""
+        journal = self.journal
+        if journal is not None and (journal.is_due() or journal.needs(self.scratch.name_of(result.logits))):
+            journal.note(position)
+        self.scratch.free(result.logits)
 
     def _pass(self, number: int, target: Sink, start: Position, results: tuple[str, ...] = ()) -> None:
         """One fold, mirrored in one way."""

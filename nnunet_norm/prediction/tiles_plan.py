@@ -121,7 +121,7 @@ class _Plane:
         if total is not None:
             stream(total.logits, self.sink)
             if self.journal is not None:
-                if self.journal.scratch.name_of(total.logits) in self.journal.position.files:
+                if self.journal.needs(self.journal.scratch.name_of(total.logits)):
                     self.journal.note(Position(start.plane + 1))  # before the file that the last point names is gone
                 self.journal.scratch.free(total.logits)
 

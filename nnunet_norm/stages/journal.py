@@ -73,6 +73,9 @@ class Journal(Protocol):
     def is_due(self) -> bool:
         """Whether the time has come to note a point in the middle of a piece."""
 
+    def needs(self, name: str) -> bool:
+        """Whether the last point that was noted names a file, which so must not go before another is."""
+
     def note(self, progress: Progress) -> None:
         """Take a point; everything before it has been handed to files and sink, but may not be on the disk yet."""
 

@@ -184,7 +184,9 @@ class _Run:
     def free_after(self, number: int) -> None:
         piece = self.schedule.pieces[number]
         dead = [self.stores.pop(source) for source in piece.frees]
-        if self.journal is not None:
+        if self.journal is not None and (
+            self.journal.is_due() or any(self.journal.needs(self.scratch.name_of(store.data)) for store in dead)
+        ):
             self._note(number + 1, None, None)  # before what it does not need any more is gone
         for store in dead:
             if piece.target not in self.stores or store.data is not self.stores[piece.target].data:

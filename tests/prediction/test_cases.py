@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tiny_models import segmentation, visible, write_image, write_model
 
 from nnunet_norm.errors import InputImageError, OutputError, SetupError, TilingError
 from nnunet_norm.prediction import HaloPredictor, case_labels, journal
+from nnunet_norm.prediction.work_folder import WorkFolder
 from nnunet_norm.prediction.workers import Preprocessing, Workers
 
 FILES = ["dataset.json", "halo_prediction.json", "plans.json", "predict_from_raw_data_args.json"]
@@ -269,7 +272,8 @@ def test_an_output_folder_that_cannot_be_made_is_refused(model, images, tmp_path
 FULL_DISK = """
 import resource, sys, torch
 from nnunet_norm.errors import OutputError
-from nnunet_norm.prediction import HaloPredictor
+from nnunet_norm.prediction import HaloPredictor, journal
+from nnunet_norm.prediction.work_folder import WorkFolder
 
 model, images, output = sys.argv[1:]
 predictor = HaloPredictor(device=torch.device("cpu"), allow_tqdm=False)
@@ -329,3 +333,68 @@ def test_without_workers_the_task_runs_at_once():
     """The same interface, in this process."""
     with Workers(0, "preprocessing", "-npp") as workers:
         assert workers.result(workers.submit(Path, "a")) == Path("a")
+
+
+def submit_until_told(workers):
+    for _ in range(20):
+        workers.submit(os.stat, "/nowhere")
+
+
+def test_a_task_that_fails_is_told_when_the_next_is_submitted():
+    """Also one that failed while a task waited for a free process."""
+    with Workers(1, "segmentation export", "-nps") as workers, pytest.raises(FileNotFoundError):
+        submit_until_told(workers)
+
+
+def interrupted(futures):
+    with Workers(1, "preprocessing", "-npp", finishes=False) as workers:
+        futures += [workers.submit(time.sleep, 600) for _ in range(2)]
+        raise KeyboardInterrupt
+
+
+def test_what_nobody_will_use_is_not_waited_for():
+    """After an error, preprocessing that is under way is ended; an export would be finished."""
+    futures = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(futures)
+    assert isinstance(futures[0].exception(), BrokenProcessPool)
+    assert futures[1].cancelled() or isinstance(futures[1].exception(), BrokenProcessPool)
+
+
+def test_continuing_removes_what_a_finished_case_left(model, images, tmp_path):
+    """Its process was killed between the file's name and the end of its folder."""
+    output = tmp_path / "out"
+    predict(load(model), images, output)
+    left = WorkFolder(output, str(output / "case_0"), resume=False)
+    left.close(remove=False)
+    predict(load(model), images, output, overwrite=False)
+    assert not left.path.exists()
+    assert not list(output.glob(".case_0*"))
+
+
+def test_a_wrong_image_spoils_nothing_of_what_is_continued(model, images, tmp_path, monkeypatch):
+    """It is refused before anything of the work folder is changed; then the right one gives the right labels."""
+    monkeypatch.setattr(journal, "NOTE_EVERY", 0.0)
+    options = {"execution": "tiles", "tile_size": [12]}
+    predict(load(model, **options), images, tmp_path / "whole")
+    stopped, steps = load(model, **options), []
+
+    def check():
+        steps.append(None)
+        if len(steps) > 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(stopped), "check", property(lambda self: check, lambda self, value: None))
+    with pytest.raises(KeyboardInterrupt):
+        predict(stopped, images, tmp_path / "out")
+    monkeypatch.undo()
+    right = (images / "case_0_0000.nii.gz").read_bytes()
+    for shape in ((20, 22, 24), (30, 22, 24)):
+        write_image(images, "case_0_0000", shape=shape, seed=9)
+        with pytest.raises(OutputError, match=r"holds what another prediction left \(other image\)"):
+            predict(load(model, **options), images, tmp_path / "out", overwrite=False)
+    (images / "case_0_0000.nii.gz").write_bytes(right)
+    predict(load(model, **options), images, tmp_path / "out", overwrite=False)
+    for number in range(3):
+        files = [tmp_path / name / f"case_{number}.nii.gz" for name in ("whole", "out")]
+        assert np.array_equal(*map(segmentation, files))

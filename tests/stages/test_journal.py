@@ -65,6 +65,9 @@ class Points:
     def resumed(self):
         return None if self.last is None else Progress.from_dict(json.loads(self.last))
 
+    def needs(self, name):
+        return self.last is not None and name in self.resumed.maps.values()
+
     def note(self, progress):
         self.last, self.noted = json.dumps(progress.as_dict()), self.noted + 1
         assert self.resumed == progress
