@@ -130,7 +130,7 @@ def test_without_slurm_or_submitit(tmp_path, monkeypatch):
 
 def test_a_failed_command_tells_its_last_lines(capfd):
     """All of its output is in the log, standard error among it."""
-    code = "import sys; [print(i) for i in range(30)]; print('that is why', file=sys.stderr); sys.exit(2)"
+    code = "import sys; [print(i, flush=True) for i in range(30)]; print('that is why', file=sys.stderr); sys.exit(2)"
     with pytest.raises(SubmissionError) as told:
         Command(python(code))()
     lines = str(told.value).splitlines()
@@ -180,8 +180,13 @@ def test_a_command_that_was_terminated(cluster, monkeypatch, state, code):
 def test_a_checkpoint_ends_the_command_and_keeps_it(monkeypatch, stubborn):
     """By Ctrl-C's signal, and if that is ignored by one that cannot be; what is submitted again is the same command."""
     monkeypatch.setattr(command_module, "INTERRUPTION_SECONDS", 1)
-    ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)" if stubborn else "0"
-    made = Command(python(f"import signal, time; {ignore}; print('up', flush=True); time.sleep(60)"))
+    # Said either way: a process that was started in the background of a shell would ignore it, too.
+    answer = "SIG_IGN" if stubborn else "SIG_DFL"
+    made = Command(
+        python(
+            f"import signal, time; signal.signal(signal.SIGINT, signal.{answer}); print('up', flush=True); time.sleep(60)"
+        )
+    )
     process = subprocess.Popen(made.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"up\n"
     made._process = process

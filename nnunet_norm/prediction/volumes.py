@@ -159,7 +159,8 @@ class VolumePrediction:
                 continue
             if not unfinished_path(self.target_of(volume)).exists():
                 raise OutputError(
-                    f"{self.target_of(volume).name}: no part of it was predicted into {str(self.output)!r}"
+                    f"{self.target_of(volume).name}: part 0 of {self._num_parts} is not finished, nor any other: nothing of "
+                    f"it is in {str(self.output)!r}; predict it, then verify again"
                 )
             self._finish(self.parts_of(volume))
 
