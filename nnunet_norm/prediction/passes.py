@@ -40,6 +40,8 @@ class Passes:
         self.plan, self.folds, self.plane, self.sink = plan, folds, plane, sink
         self.scratch, self.progress = scratch, progress
         self.journal = journal if scratch.is_on_disk else None
+        # Sums of logits are in files wherever there is a folder for them, also if memory holds the maps.
+        self.sums = scratch if journal is None else journal.scratch
         self.passes = [(fold, flip) for fold in range(folds.count) for flip in plan.flips]
         overlap = tuple(sink.overlap) if len(self.passes) == 1 else ()
         self.schedule = replace(plan.schedule, overlap=overlap)
@@ -63,19 +65,19 @@ class Passes:
         """A result that another process left."""
         if place >= len(start.results) or not start.results[place]:
             return None
-        return Result.reopened(self.plan.image_shape, self.scratch, start.results[place])
+        return Result.reopened(self.plan.image_shape, self.sums, start.results[place])
 
     def _added(self, number: int, before: Result | None, now: Result | None, start: Position) -> Result:
         """The sum of the passes before and of this one."""
         if self.journal is None:
-            total = before or Result(self.plan.image_shape, self.scratch.zeros)
+            total = before or Result(self.plan.image_shape, self.sums.zeros)
             self._pass(number, total, start)
             return total
         if now is None:
-            now = Result(self.plan.image_shape, self.scratch.zeros)
+            now = Result(self.plan.image_shape, self.sums.zeros)
             now.reserve(self.schedule.graph.nodes[-1].channels, self.plan.dtype)
-        old = "" if before is None else self.scratch.name_of(before.logits)
-        new = self.scratch.name_of(now.logits)
+        old = "" if before is None else self.sums.name_of(before.logits)
+        new = self.sums.name_of(now.logits)
         self._pass(number, _Sum(before, now), start, (old, new))
         if before is not None:
             self._free(before, Position(start.plane, number + 1, (new,)))
@@ -84,9 +86,9 @@ class Passes:
     def _free(self, result: Result, position: Position) -> None:
         """Give up a result that is not needed from a position on; if the last point names it, the position is noted first."""
         journal = self.journal
-        if journal is not None and (journal.is_due() or journal.needs(self.scratch.name_of(result.logits))):
+        if journal is not None and (journal.is_due() or journal.needs(self.sums.name_of(result.logits))):
             journal.note(position)
-        self.scratch.free(result.logits)
+        self.sums.free(result.logits)
 
     def _pass(self, number: int, target: Sink, start: Position, results: tuple[str, ...] = ()) -> None:
         """One fold, mirrored in one way."""
