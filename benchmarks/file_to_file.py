@@ -34,6 +34,7 @@ import SimpleITK
 import torch
 import zarr
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from prediction import plans as benchmark_plans
 from prediction import smooth_image
 from reporting import amount, command, machine, table, versions
 
@@ -56,26 +57,9 @@ NOTED = "; ".join(
 
 def write_model(folder: Path, *, classes: int, width: int, stages: int, spacing: float) -> Path:
     """A model folder of nnU-Net with BatchNorm, its statistics settled on noise."""
-    architecture = {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": [min(width * 2**i, 320) for i in range(stages)],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3] * 3] * stages,
-            "strides": [[1] * 3] + [[2] * 3] * (stages - 1),
-            "n_conv_per_stage": [2] * stages,
-            "n_conv_per_stage_decoder": [2] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
+    options = argparse.Namespace(ndim=3, stages=stages, width=width, patch=[64, 64, 64])
+    architecture = benchmark_plans(options)["configurations"]["benchmark"]["architecture"]
+    architecture["arch_kwargs"]["norm_op"] = "torch.nn.modules.batchnorm.BatchNorm3d"
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     configuration: dict[str, Any] = {
         "data_identifier": "nnUNetPlans_3d_fullres",
@@ -212,19 +196,16 @@ class Benchmark:
         with written_beside(self.args.out / "file_to_file.md") as beside:
             beside.write_text(report(content), encoding="utf-8")
 
+    def line(self, program: str, model: Path, images: Path, output: Path, *more: str) -> list[str]:
+        """A command line with the flags that both programs have."""
+        folders = ["-m", str(model), "-i", str(images), "-o", str(output)]
+        flags = ["-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_progress_bar", *more]
+        return [str(Path(sys.executable).with_name(program)), *folders, *flags]
+
     def ours(self, model: Path, images: Path, output: Path, *more: str) -> list[str]:
         """The command line of nnunet-norm predict."""
-        program = [
-            str(Path(sys.executable).with_name("nnunet-norm")),
-            "predict",
-            "-m",
-            str(model),
-            "-i",
-            str(images),
-            "-o",
-            str(output),
-        ]
-        return [*program, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_progress_bar", *more]
+        program, *others = self.line("nnunet-norm", model, images, output, *more)
+        return [program, "predict", *others]
 
     def nifti(self) -> None:
         """nnU-Net's program and ours, on the same image."""
@@ -238,21 +219,8 @@ class Benchmark:
                 for name in ("nnU-Net", "nnunet-norm", "nnunet-norm, 2 GiB"):
                     output = self.work / f"out_{classes}_{size}_{name.replace(' ', '_')}"
                     if name == "nnU-Net":
-                        program = str(Path(sys.executable).with_name("nnUNetv2_predict_from_modelfolder"))
-                        line = [
-                            program,
-                            "-m",
-                            str(model),
-                            "-i",
-                            str(images),
-                            "-o",
-                            str(output),
-                            "-f",
-                            "0",
-                            "-device",
-                            "cpu",
-                        ]
-                        line += ["-npp", "1", "-nps", "1", "--disable_tta", "--disable_progress_bar"]
+                        program = "nnUNetv2_predict_from_modelfolder"
+                        line = self.line(program, model, images, output, "--disable_tta")
                     else:
                         limit = ["--max-memory", "2G"] if "GiB" in name else []
                         line = self.ours(model, images, output, "--disable_tta", *limit)

@@ -126,6 +126,11 @@ def intersection(a: Box, b: Box) -> Box | None:
     return shared if all(side.start < side.stop for side in shared) else None
 
 
+def relative(box: Box, to: Box) -> Box:
+    """A box in the coordinates of another, whose first voxel is their origin."""
+    return tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(box, to, strict=True))
+
+
 def _plan_axis(axis: int, n: int, tile: int, halo: tuple[int, int], stride: int) -> list[tuple[slice, slice, slice]]:
     """(read, core, write) of every tile along one axis."""
     if tile % stride:

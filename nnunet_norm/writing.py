@@ -25,8 +25,7 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(beside)
         os.replace(beside, path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -35,6 +34,15 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
         # After the rename there is nothing left to remove; in a read-only folder there never was.
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Have a file, or the entries of a folder, on the disk; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 4) -> None:

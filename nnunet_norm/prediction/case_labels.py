@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunet_norm.prediction.assembly import Allocate, Assembly, LogitsToLabels, in_memory
-from nnunet_norm.prediction.execution import Place, Result, Sink
+from nnunet_norm.prediction.execution import Place, Result, Sink, box_of
 from nnunet_norm.prediction.resampling import box_resampler
-from nnunet_norm.tiling import Box
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +97,8 @@ class LabelSink:
     def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
         """See ``Sink.add``."""
         assert weight == 1
-        region = _box(place)
-        self.labels.add(_box(core or place), region, logits.reshape(len(logits), *(s.stop - s.start for s in region)))
-
-
-def _box(place: Place) -> Box:
-    return tuple(slice(p, p + 1) if isinstance(p, int) else p for p in place)
+        region = box_of(place)
+        self.labels.add(box_of(core or place), region, logits.reshape(len(logits), *(s.stop - s.start for s in region)))
 
 
 def _name(configuration_manager: ConfigurationManager) -> str:

@@ -30,6 +30,11 @@ Place = tuple[int | slice, ...]
 """Indices and slices of an image, one per axis."""
 
 
+def box_of(place: Place) -> Box:
+    """A place as a box with all axes of the image."""
+    return tuple(slice(p, p + 1) if isinstance(p, int) else p for p in place)
+
+
 class Image(Protocol):
     """An image (C, *spatial) that is read where it is needed: a tensor, or a volume on a disk."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnunet_norm.prediction.halo import Decision, Sides
 from nnunet_norm.receptive_field import ReceptiveField
-from nnunet_norm.tiling import Box, Tile, padded_shape, plan_tiles
+from nnunet_norm.tiling import Box, Tile, padded_shape, plan_tiles, relative
 
 TILES = 3
 """How many tiles are looked at."""
@@ -114,7 +114,7 @@ def measure_halo_error(
         if measured and (left < 0 or not fits(around)):
             break
         first = logits(plane(tile.read))[0][(slice(None), *tile.core)]
-        second = logits(plane(around))[0][(slice(None), *_relative(tile.write, around))]
+        second = logits(plane(around))[0][(slice(None), *relative(tile.write, around))]
         largest = max(largest, float((first - second).abs().max()))
         labels = [value > 0 if regions else value.argmax(0, keepdim=True) for value in (first, second)]
         changed += int((labels[0] != labels[1]).any(0).sum())
@@ -169,7 +169,3 @@ def _distance(tile: Tile, middle: Sequence[float]) -> float:
 
 def _voxels(box: Box) -> int:
     return math.prod(side.stop - side.start for side in box)
-
-
-def _relative(box: Box, to: Box) -> Box:
-    return tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(box, to, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 from nnunet_norm.errors import OutputError
 from nnunet_norm.stages.journal import Progress
 from nnunet_norm.stages.scratch import ScratchOnDisk
-from nnunet_norm.writing import write_json
+from nnunet_norm.writing import sync, write_json
 
 NOTE_EVERY = 30.0
 """Seconds between two points that are noted: so much work is done again at most, apart from that of one block."""
@@ -133,8 +132,8 @@ class RunJournal:
         assert self.pins, "what the result depends on must be known"
         try:
             for path in (path for path in self.folder.rglob("*") if path.is_file() and path != self.file):
-                _sync(path)
-            _sync(self.folder)
+                sync(path)
+            sync(self.folder)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written ({error.strerror}): make room") from error
         content = {
@@ -219,12 +218,3 @@ def _processors() -> list[str]:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunet_norm.prediction.execution import Image, Place, Result, planes, read
+from nnunet_norm.prediction.execution import Image, Place, Result, box_of, planes, read
 from nnunet_norm.prediction.predictor import HaloPredictor
 from nnunet_norm.prediction.stages_plan import StagesPlan, with_blocks_elsewhere
 from nnunet_norm.prediction.tiles_plan import TilesPlan
 from nnunet_norm.stages.regions import clip, slices
-from nnunet_norm.tiling import Box, intersection, padded_shape
+from nnunet_norm.tiling import Box, intersection, padded_shape, relative
 
 MEASURED_SLICES = 4
 """Slices of a stack that are predicted with two grids of blocks."""
@@ -103,7 +103,7 @@ class _Boxes(Result):
         """See ``Result.add``; nothing is averaged."""
         del weight, core
         self.dtype = logits.dtype
-        given = tuple(slice(p, p + 1) if isinstance(p, int) else p for p in place)
+        given = box_of(place)
         values = logits.reshape(len(logits), *(side.stop - side.start for side in given)).cpu()
         for number, box in enumerate(self._boxes):
             shared = intersection(box, given)
@@ -115,17 +115,13 @@ class _Boxes(Result):
                         dtype=torch.promote_types(values.dtype, torch.float32),
                     )
                     self._parts[number] = part
-                part[(slice(None), *_relative(shared, box))] = values[(slice(None), *_relative(shared, given))].to(
+                part[(slice(None), *relative(shared, box))] = values[(slice(None), *relative(shared, given))].to(
                     part.dtype
                 )
 
     def logits_of_boxes(self) -> list[Tensor]:
         """Per box the logits (K, *box)."""
         return [part for part in self._parts if part is not None]
-
-
-def _relative(box: Box, to: Box) -> Box:
-    return tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(box, to, strict=True))
 
 
 def _blocks_in_the_middle(plan: StagesPlan, extents: Sequence[int], at_most: int) -> list[Box]:

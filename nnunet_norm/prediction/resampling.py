@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.stages.regions import blocks, slices
-from nnunet_norm.tiling import Box
+from nnunet_norm.tiling import Box, relative
 
 SLAB_BYTES = 2**20
 """Output of one channel that a thread works on at a time; its float64 operands take about eight times that."""
@@ -151,7 +151,7 @@ class BoxResampler:
 
         def work(task: tuple[int, Box]) -> None:
             channel, part = task
-            self._channel(values[channel], region, part, result[channel][_relative(part, out)])
+            self._channel(values[channel], region, part, result[channel][relative(part, out)])
 
         threads = min(torch.get_num_threads(), len(tasks))
         if threads > 1:
@@ -168,7 +168,7 @@ class BoxResampler:
         Where one voxel is read (order 0), every distinct one is computed once and then repeated.
         """
         needed = self.in_box(out)
-        block = values[_relative(needed, region)].astype(np.float32, copy=False)
+        block = values[relative(needed, region)].astype(np.float32, copy=False)
         linear: dict[int, list[tuple[NDArray[np.intp], NDArray[np.float64]]]] = {}
         repeated: dict[int, NDArray[np.intp]] = {}
         for number, (axis, there, here) in enumerate(zip(self.axes, out, needed, strict=True)):
@@ -317,11 +317,6 @@ def as_array(logits: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
         logits = logits.detach().cpu()
         return (logits.float() if logits.dtype == torch.bfloat16 else logits).numpy()
     return logits
-
-
-def _relative(box: Box, origin: Box) -> Box:
-    """A box in the coordinates of another that holds it."""
-    return tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(box, origin, strict=True))
 
 
 def _text(box: Box) -> str:

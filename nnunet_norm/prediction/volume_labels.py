@@ -13,7 +13,7 @@ from nnunet_norm.prediction.halo import by
 from nnunet_norm.prediction.predictor import HaloPredictor
 from nnunet_norm.prediction.volume_parts import CoreOf, SubImage, surroundings
 from nnunet_norm.prediction.work_folder import Work, WorkFolder
-from nnunet_norm.stages.regions import Region, extent_of
+from nnunet_norm.stages.regions import Region, extent_of, whole
 from nnunet_norm.volumes import NormalizedVolume
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def _predict(
             "%s voxels of %s; with what the network sees around them %s, %.3g times as many",
             *(by(extent_of(core)), by(extents), by(extent_of(region)), more),
         )
-    whole = region == tuple((0, n) for n in extents)
-    image = normalized if whole else SubImage(normalized, region)
+    image = normalized if region == whole(extents) else SubImage(normalized, region)
     predictor.predict_to(CoreOf(made.sink, core, region), image, work)
 
 

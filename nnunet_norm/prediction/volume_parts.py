@@ -10,10 +10,10 @@ from typing import Any
 from torch import Size, Tensor
 
 from nnunet_norm.errors import OutputError
-from nnunet_norm.prediction.execution import Image, Place, Sink
+from nnunet_norm.prediction.execution import Image, Place, Sink, box_of
 from nnunet_norm.receptive_field import ReceptiveField
 from nnunet_norm.stages.regions import Region, extent_of, slices
-from nnunet_norm.tiling import intersection
+from nnunet_norm.tiling import intersection, relative
 from nnunet_norm.volumes import LabelVolume
 from nnunet_norm.writing import write_json
 
@@ -79,14 +79,12 @@ class CoreOf:
     def add(self, place: Place, logits: Tensor, weight: float = 1.0, core: Place | None = None) -> None:
         """See ``Sink.add``."""
         assert core is None or core == place
-        box = tuple(slice(p, p + 1) if isinstance(p, int) else p for p in place)
+        box = box_of(place)
         own = intersection(box, self.core)
         if own is None:
             return
         values = logits.reshape(len(logits), *(side.stop - side.start for side in box))
-        here = tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(own, box, strict=True))
-        there = tuple(slice(o.start - c.start, o.stop - c.start) for o, c in zip(own, self.core, strict=True))
-        self.sink.add(there, values[(slice(None), *here)], weight)
+        self.sink.add(relative(own, self.core), values[(slice(None), *relative(own, box))], weight)
 
 
 class Parts:

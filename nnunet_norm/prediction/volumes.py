@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,9 +267,17 @@ class VolumePrediction:
         finished.mark(number, labels.write(box, segmentation, probabilities))
         self._record(volume, number if self.divides else None)
 
-    def _work(self, name: str) -> _Held:
+    @contextmanager
+    def _work(self, name: str) -> Iterator[WorkFolder]:
+        """The work folder of a part; it stays after an error if there is something to continue with."""
         parent = self.predictor.scratch or self.output
-        return _Held(WorkFolder(parent, str(self.output / name), resume=self.options.resume))
+        work = WorkFolder(parent, str(self.output / name), resume=self.options.resume)
+        try:
+            yield work
+        except BaseException:
+            work.close(remove=not work.has_manifest)
+            raise
+        work.close(remove=True)
 
     def _intensities(self, image: ZarrImage, folder: Path) -> Intensities:
         """What normalizes the volume: one pass over it, by whichever process comes first."""
@@ -299,16 +308,3 @@ class VolumePrediction:
                 logger.info("%s is complete", target.name)
             with suppress(OSError):
                 os.unlink(lock.lock_file)
-
-
-class _Held:
-    """A work folder that goes when its part is finished, and stays if there is something to continue with."""
-
-    def __init__(self, work: WorkFolder) -> None:
-        self.work = work
-
-    def __enter__(self) -> WorkFolder:
-        return self.work
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.work.close(remove=kind is None or not self.work.has_manifest)

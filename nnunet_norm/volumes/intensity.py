@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunet_norm.errors import InputImageError, PlansError
-from nnunet_norm.stages.regions import Region, hull, slices
+from nnunet_norm.stages.regions import Region, hull, slices, whole
 from nnunet_norm.volumes.zarr_image import ZarrImage
 
 BLOCK_VALUES = 4 * 2**20
@@ -117,7 +117,7 @@ def measure_intensities(
         for channel, moment in enumerate(moments):
             moment.add(values[channel][nonzero[channel]])
     # nnU-Net leaves an image of zeros alone.
-    box = box or tuple((0, n) for n in image.shape[1:])
+    box = box or whole(image.shape[1:])
     voxels = math.prod(stop - start for start, stop in box)
     properties = plans_manager.foreground_intensity_properties_per_channel
     return Intensities(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 from nnunet_norm.errors import TilingError
-from nnunet_norm.stages.regions import Region
+from nnunet_norm.stages.regions import Region, whole
 
 CHUNK_VOXELS = 64**3
 SHARD_VOXELS = 256**3
@@ -93,7 +93,7 @@ def parts(shape: Sequence[int], shard: Sequence[int], num_parts: int) -> list[Re
             f"num_parts {num_parts}: a volume of shape {tuple(shape)} has {most} shard{'s' * (most != 1)} of "
             f"{tuple(shard)} voxels, and a shard has one writer: choose 1 to {most} parts"
         )
-    volume, edges = tuple((0, n) for n in shape), tuple(shard)
+    volume, edges = whole(shape), tuple(shard)
     divisions = [_grid(volume, edges, cuts) for cuts in _factors(num_parts, counts)]
     divisions.append(_halved(volume, edges, num_parts))
     cheapest = min(divisions, key=lambda division: _cost(division, edges))
@@ -146,7 +146,7 @@ def _halved(volume: Region, shard: tuple[int, ...], pieces: int) -> list[Region]
     def best(extents: tuple[int, ...], pieces: int) -> tuple[int, int, tuple[int, int, int]]:
         """Costs as of ``_cost``, and axis, place and pieces on the lower side of the first cut. Equal boxes are cut alike."""
         if pieces == 1:
-            return (*_cost([tuple((0, n) for n in extents)], shard), (0, 0, 0))
+            return (*_cost([whole(extents)], shard), (0, 0, 0))
         found = []
         counts = shard_counts(extents, shard)
         for axis, share in itertools.product((a for a, count in enumerate(counts) if count > 1), {2, min(3, pieces)}):

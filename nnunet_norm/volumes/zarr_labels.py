@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_norm.errors import OutputError
+from nnunet_norm.stages import regions
 from nnunet_norm.stages.regions import Region, extent_of, slices
 from nnunet_norm.volumes import opening
 from nnunet_norm.volumes.layout import shard_and_chunk, shards
 from nnunet_norm.volumes.ome import SPATIAL, label_attributes
+from nnunet_norm.writing import sync
 
 LABELS = "0"
 """The array of labels within the group: the only level of the OME-Zarr image."""
@@ -89,7 +91,7 @@ class LabelVolume:
     @property
     def whole(self) -> Region:
         """The region of the whole volume."""
-        return tuple((0, n) for n in self.shape)
+        return regions.whole(self.shape)
 
     def shards(self, region: Region | None = None) -> Iterator[Region]:
         """The shards of a region that is made of whole shards, or of the volume, in the order of z, y, x."""
@@ -151,13 +153,13 @@ class LabelVolume:
             for torn in self.unfinished.rglob("*.partial"):  # what zarr was writing when a process was killed
                 torn.unlink()
             Path(self.unfinished, opening.UNFINISHED).unlink(missing_ok=True)
-            _sync(self.unfinished)
+            sync(self.unfinished)
             if self.path.exists():
                 # A folder cannot be replaced in one step. After a crash between these two, finish() can run again.
                 _remove(replaced)
                 os.rename(self.path, replaced)
             os.rename(self.unfinished, self.path)
-            _sync(self.path.parent)
+            sync(self.path.parent)
             _remove(replaced)
             for left in self.path.parent.glob(f".{self.path.name}.*.building"):
                 _remove(left)
@@ -181,8 +183,8 @@ class LabelVolume:
             self._make(building, attributes)
             for folder, _, files in os.walk(building):
                 for file in files:
-                    _sync(Path(folder, file))
-                _sync(Path(folder))
+                    sync(Path(folder, file))
+                sync(Path(folder))
             try:
                 os.rename(building, self.unfinished)
             except OSError:
@@ -190,7 +192,7 @@ class LabelVolume:
                 if not self.unfinished.is_dir():
                     raise
                 self._require_same(building)
-            _sync(self.path.parent)
+            sync(self.path.parent)
         finally:
             _remove(building)
 
@@ -245,11 +247,11 @@ class LabelVolume:
         file.unlink(missing_ok=True)
         array[slices(shard)] = values
         if file.exists():  # one of zeros only is not stored
-            _sync(file)
+            sync(file)
         folder = file.parent
         while folder != top.parent:
             if folder.exists():
-                _sync(folder)
+                sync(folder)
             folder = folder.parent
 
 
@@ -301,15 +303,6 @@ def _told(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{os.fspath(path)!r} cannot be written ({reason}): make room, or choose another folder"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
