@@ -3,6 +3,8 @@
 Everything here depends on torch alone. The classes take the place of torch's: ``norm_op(num_features, **norm_op_kwargs)``.
 """
 
+from nnunet_norm.layers.activation_checkpointing import checkpoint_stages
+from nnunet_norm.layers.batch_norm import BatchNorm2d, BatchNorm3d
 from nnunet_norm.layers.batch_renorm import BatchRenorm2d, BatchRenorm3d
 from nnunet_norm.layers.convert import (
     NORMS,
@@ -18,10 +20,13 @@ from nnunet_norm.layers.group_norm import GroupNorm, group_count
 from nnunet_norm.layers.instance_norm import TrackedInstanceNorm2d, TrackedInstanceNorm3d
 from nnunet_norm.layers.plain import differs_from_batch_norm, plain_batch_statistics
 from nnunet_norm.layers.renormalization import SYNC
+from nnunet_norm.layers.stepping import fit_for_steps, one_step, repeated
 
 __all__ = [
     "NORMS",
     "SYNC",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "BatchRenorm2d",
     "BatchRenorm3d",
     "FrozenBatchNorm",
@@ -30,11 +35,15 @@ __all__ = [
     "GroupNorm",
     "TrackedInstanceNorm2d",
     "TrackedInstanceNorm3d",
+    "checkpoint_stages",
     "convert_norm",
     "differs_from_batch_norm",
     "find_norms",
+    "fit_for_steps",
     "group_count",
+    "one_step",
     "plain_batch_statistics",
+    "repeated",
     "replace_modules",
     "tracking_norms",
     "tracks_statistics",

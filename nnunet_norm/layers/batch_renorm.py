@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nnunet_norm.errors import LayerError
 from nnunet_norm.layers import synchronized
+from nnunet_norm.layers.collecting import SteppingNorm, collect
 from nnunet_norm.layers.moments import num_processes
 from nnunet_norm.layers.renormalization import (
     SYNC,
@@ -20,6 +21,7 @@ from nnunet_norm.layers.renormalization import (
     fold,
     scheduled_limits,
     step,
+    step_so_far,
     update_if_finite,
 )
 from nnunet_norm.layers.running import RunningNorm
@@ -61,11 +63,43 @@ def _compiled_step(
 
 @_compiled_step.register_fake
 def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _like_a_step(mean, var)
+
+
+def _like_a_step(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     vectors = (torch.empty_like(mean), torch.empty_like(var), torch.empty_like(mean), torch.empty_like(var))
     return (*vectors, mean.new_empty(()))
 
 
-class _BatchRenorm(RunningNorm):
+# Opaque as well: with sync="full" it is a collective call, which is made where it stands, once.
+@torch.library.custom_op("nnunet_norm::batch_renorm_step_so_far", mutates_args=())
+def _compiled_step_so_far(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    count: int,
+    eps: float,
+    r_max: float,
+    d_max: float,
+    warmup_steps: int,
+    ramp_steps: int,
+    sync: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    schedule = (r_max, d_max, warmup_steps, ramp_steps, sync)
+    of = step_so_far(mean, var, running_mean, running_var, num_batches_tracked, count, eps, *schedule)
+    return of.mean.clone(), of.var.clone(), of.r, of.d, mean.new_zeros(()) if of.number is None else of.number
+
+
+@_compiled_step_so_far.register_fake
+def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _like_a_step(mean, var)
+
+
+class BatchStatisticsNorm(RunningNorm, SteppingNorm):
+    """What BatchRenorm and BatchNorm have in common: the statistics of the batch, corrected within limits."""
+
     def __init__(
         self,
         num_features: int,
@@ -94,6 +128,7 @@ class _BatchRenorm(RunningNorm):
         self.sync = sync
 
     def extra_repr(self) -> str:
+        """What ``repr`` says of the layer."""
         schedule = f"warmup_steps={self.warmup_steps}, ramp_steps={self.ramp_steps}"
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, {schedule}, sync={self.sync!r}"
 
@@ -105,31 +140,48 @@ class _BatchRenorm(RunningNorm):
         sync = self.sync if num_processes() > 1 else "none"
         if sync == "none" or (sync == "running" and x.numel()):
             self._require_values(x)
-        if not torch.compiler.is_compiling():
-            if self.r_max == 1 and self.d_max == 0 and self.momentum is not None and sync == "none":
-                return self._batch_norm(x)
-            with torch.no_grad():
-                of = step(*batch_statistics(x), *self._step_arguments(x, sync))
-        else:
-            of = Step(*_compiled_step(*batch_statistics(x.detach()), *self._step_arguments(x, sync)))
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._is_batch_norm and sync == "none" and self.collected is None:
+            return self._batch_norm(x)
+        of = self._of_step(x.detach(), sync)
         if sync == "full":
             scale, shift = fold(self.weight, self.bias, of.r, of.d)
             assert of.number is not None
             return synchronized.normalize(x, scale, shift, of.mean, of.var, of.number, self.eps)
         if not x.numel():
             return self._with_running_statistics(x)  # nothing, but with a gradient of zero for the affine parameters
-        if torch.compiler.is_compiling():
+        if compiling:
             return F.batch_norm(x, None, None, *fold(self.weight, self.bias, of.r, of.d), True, 0.0, self.eps)
         return Renormalize.apply(x, self.weight, self.bias, of, self.eps)
+
+    def _of_step(self, x: Tensor, sync: str) -> Step:
+        """What ``x`` is normalized with; it is taken in, or collected if the step has more to come."""
+        mean, var = batch_statistics(x)
+        count, compiling = x.numel() // x.size(1), torch.compiler.is_compiling()
+        given: tuple[Any, ...] = (mean, var, self.running_mean, self.running_var, self.num_batches_tracked, count)
+        schedule: tuple[Any, ...] = (self.eps, self.r_max, self.d_max, self.warmup_steps, self.ramp_steps, sync)
+        if self.collected is None:
+            taking_in: Any = _compiled_step if compiling else step
+            return Step(*taking_in(*given, self.momentum, *schedule))
+        collect(self, mean, var, count)
+        so_far: Any = _compiled_step_so_far if compiling else step_so_far
+        return Step(*so_far(*given, *schedule))
+
+    @property
+    def _is_batch_norm(self) -> bool:
+        """Closed limits with torch's exponential average."""
+        return self.r_max == 1 and self.d_max == 0 and self.momentum is not None
+
+    def newest_weight(self, steps: Tensor) -> Tensor | float:
+        """See :class:`SteppingNorm`; ``max(momentum, 1 / t)``, or BatchNorm's own with closed limits."""
+        if self._is_batch_norm:
+            assert self.momentum is not None
+            return self.momentum
+        return (1 / (steps + 1)).clamp(min=self.momentum or 0.0)
 
     def _require_values(self, x: Tensor) -> None:
         if x.numel() <= x.size(1):
             raise LayerError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-
-    def _step_arguments(self, x: Tensor, sync: str) -> tuple[Any, ...]:
-        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        schedule = (self.r_max, self.d_max, self.warmup_steps, self.ramp_steps)
-        return (*buffers, x.numel() // x.size(1), self.momentum, self.eps, *schedule, sync)
 
     def _batch_norm(self, x: Tensor) -> Tensor:
         """Closed limits: torch's BatchNorm to the last bit, its exponential average included."""
@@ -159,7 +211,7 @@ class _BatchRenorm(RunningNorm):
         return Correction(r, d, (clipped_r != r) | (clipped_d != d))
 
 
-class BatchRenorm2d(_BatchRenorm):
+class BatchRenorm2d(BatchStatisticsNorm):
     """Batch Renormalization of images (Ioffe 2017).
 
     Train mode, for a channel with mean m and biased variance v over ``(N, *spatial)`` and running statistics m_r and v_r as
@@ -174,7 +226,8 @@ class BatchRenorm2d(_BatchRenorm):
     key, and loads strictly both ways. Statistics are computed in single precision at least, under autocast too.
 
     The limits are closed (BatchNorm) for ``warmup_steps`` steps and open linearly over the next ``ramp_steps``; a step is one
-    forward in train mode, counted in ``num_batches_tracked``, so a schedule continues where a checkpoint left it.
+    forward in train mode (but see below), counted in ``num_batches_tracked``, so a schedule continues where a checkpoint left
+    it.
 
     Departures from the paper: both limits grow over the same steps; the running variance is unbiased, as in torch; the
     newest batch has the weight ``max(momentum, 1 / t)`` at step t, so that the running statistics do not remember their
@@ -189,8 +242,9 @@ class BatchRenorm2d(_BatchRenorm):
     backward with ``sync="full"``: all processes must make equally many, and a refusal on one leaves the others waiting
     until their time runs out. One value per channel over all processes is not noticed with ``sync="full"``.
 
-    A forward in train mode that is run again for the same step (``torch.utils.checkpoint``) counts again and sees the
-    statistics of the first run: do not put the layer into checkpointed segments. Gradients of gradients are refused.
+    Forwards of one optimizer step (micro-batches) count as one inside :func:`nnunet_norm.layers.one_step`: r, d and the
+    limits refer to the statistics and the number of steps as they were when it began. There, and only there, a forward may
+    be run again (activation checkpointing), inside :func:`nnunet_norm.layers.repeated`. Gradients of gradients are refused.
 
     Shape: ``(N, C, H, W)`` in and out.
 
@@ -221,7 +275,7 @@ class BatchRenorm2d(_BatchRenorm):
     ndim = 2
 
 
-class BatchRenorm3d(_BatchRenorm):
+class BatchRenorm3d(BatchStatisticsNorm):
     """:class:`BatchRenorm2d` for volumes. Shape: ``(N, C, D, H, W)`` in and out."""
 
     ndim = 3

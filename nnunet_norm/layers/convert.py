@@ -70,7 +70,11 @@ def tracking_norms(module: nn.Module) -> list[_NormBase]:
 
 
 def convert_norm(
-    module: nn.Module, norm: str | NormFactory, *, only: Callable[[nn.Module], bool] = lambda _: True, **kwargs: Any
+    module: nn.Module,
+    norm: str | NormFactory | Mapping[int, NormFactory],
+    *,
+    only: Callable[[nn.Module], bool] = lambda _: True,
+    **kwargs: Any,
 ) -> nn.Module:
     """Exchange every norm of ``module``, in place.
 
@@ -81,7 +85,8 @@ def convert_norm(
 
     Args:
         module: Any module; a norm itself too.
-        norm: A name of :data:`NORMS`, or a callable ``factory(num_features, eps=..., affine=..., **kwargs)``.
+        norm: A name of :data:`NORMS`, or a callable ``factory(num_features, eps=..., affine=..., **kwargs)``, or such
+            callables by number of spatial axes.
         only: Whether a norm is exchanged.
         **kwargs: For the constructor of the new norms (``momentum``, ``r_max``, ``group_size``, ...).
 
@@ -118,15 +123,19 @@ def replace_modules(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) 
     return module
 
 
-def _factory(norm: str | NormFactory, name: str, old: nn.Module, root: nn.Module) -> NormFactory:
+def _factory(
+    norm: str | NormFactory | Mapping[int, NormFactory], name: str, old: nn.Module, root: nn.Module
+) -> NormFactory:
     if isinstance(old, LazyModuleMixin):
         raise LayerError(f"norm {name!r} is a {type(old).__name__} without a number of channels: run one batch first")
-    if not isinstance(norm, str):
+    if not isinstance(norm, str | Mapping):
         return norm
+    factories = NORMS[norm] if isinstance(norm, str) else norm
     ndim = _spatial_axes(name, old, root)
-    if ndim not in NORMS[norm]:
-        raise LayerError(f"norm={norm!r} exists for {sorted(NORMS[norm])} spatial axes, and {name!r} has {ndim}")
-    return NORMS[norm][ndim]
+    if ndim not in factories:
+        what = f"norm={norm!r}" if isinstance(norm, str) else f"the norm that takes the place of {type(old).__name__}"
+        raise LayerError(f"{what} exists for {sorted(factories)} spatial axes, and {name!r} has {ndim}")
+    return factories[ndim]
 
 
 def _spatial_axes(name: str, old: nn.Module, root: nn.Module) -> int:

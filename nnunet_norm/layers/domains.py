@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nnunet_norm.errors import LayerError
+from nnunet_norm.layers.collecting import SteppingNorm
 from nnunet_norm.layers.convert import find_norms, tracking_norms
 
 
@@ -62,6 +63,7 @@ class DomainStatistics(nn.Module):
         initial = [_flat(norms, name).expand(len(self.names), -1).clone() for name in ("running_mean", "running_var")]
         self.register_buffer("mean", initial[0])
         self.register_buffer("var", initial[1])
+        self._steps: Tensor | None = None
         self.register_buffer("num_batches", torch.zeros(len(self.names), dtype=torch.long, device=initial[0].device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,6 +86,7 @@ class DomainStatistics(nn.Module):
 
     def listen(self, network: nn.Module) -> None:
         """Have the norms of ``network`` hold the statistics of their last batch alone: their momentum becomes 1."""
+        self._steps = _steps_of(tracking_norms(network))
         for norm in find_norms(network).values():
             if isinstance(norm, _NormBase):
                 norm.momentum = 1.0
@@ -111,6 +114,11 @@ class DomainStatistics(nn.Module):
         row, norms = self.index(domain), tracking_norms(network)
         batch = torch.stack([_flat(norms, "running_mean"), _flat(norms, "running_var")])
         finite = batch.isfinite().all()
+        steps = _steps_of(norms)
+        if self._steps is not None and self._steps.shape == steps.shape:
+            # Norms of this package leave a batch that is not finite out, and hold on to what was selected before it.
+            finite &= (steps != self._steps).all()
+        self._steps = steps
         weight = (self.num_batches[row] + 1).reciprocal()
         if self.momentum is not None:
             weight = weight.clamp(min=self.momentum)
@@ -153,6 +161,15 @@ def get_domain_statistics(network: nn.Module) -> DomainStatistics | None:
 
 def _buffers(norms: Sequence[_NormBase], name: str) -> list[Tensor]:
     return [getattr(norm, name) for norm in norms]
+
+
+def _steps_of(norms: Sequence[_NormBase]) -> Tensor:
+    """What each norm has counted, of those that count only what they take in."""
+    like = norms[0].running_mean
+    assert like is not None
+    counting = [norm for norm in norms if isinstance(norm, SteppingNorm) and norm.counts_steps]
+    counts = [norm.num_batches_tracked for norm in counting if norm.num_batches_tracked is not None]
+    return torch.stack(counts) if counts else like.new_zeros(0)
 
 
 def _flat(norms: Sequence[_NormBase], name: str) -> Tensor:

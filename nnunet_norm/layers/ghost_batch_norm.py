@@ -7,9 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_norm.errors import LayerError
-from nnunet_norm.layers.moments import across_processes, merge, num_processes
+from nnunet_norm.layers.collecting import SteppingNorm, collect
+from nnunet_norm.layers.moments import Moments, across_processes, merge, num_processes
 from nnunet_norm.layers.renormalization import update_if_finite
 from nnunet_norm.layers.running import RunningNorm
+
+
+def _of_whole_batch(means: Tensor, variances: Tensor, counts: list[int]) -> Moments:
+    """Of parts whose ``variances`` are unbiased; of the ``counts`` only the last may differ from the others."""
+    precise = torch.float32 if means.device.type == "mps" else torch.float64
+    number = means.new_full((len(counts),), counts[0], dtype=precise)
+    number[-1:].fill_(counts[-1])  # filled, not copied from a list: nothing waits for the device
+    biased = variances.to(precise) * ((number - 1) / number.clamp(min=1))[:, None]
+    return merge(number, means.to(precise), biased)
 
 
 # Opaque to the compiler, so that the collective stays one call at one place.
@@ -26,15 +36,9 @@ def _take_in(
     momentum: float | None,
     synchronized: bool,
 ) -> None:
-    """One step of torch's average, with the statistics of the whole batch and of all processes.
-
-    ``variances`` are unbiased; of the ``counts`` only the last may differ from the others.
-    """
-    precise = torch.float32 if means.device.type == "mps" else torch.float64
-    number = means.new_full((len(counts),), counts[0], dtype=precise)
-    number[-1:].fill_(counts[-1])  # filled, not copied from a list: nothing waits for the device
-    biased = variances.to(precise) * ((number - 1) / number.clamp(min=1))[:, None]
-    count, mean, var = merge(number, means.to(precise), biased)
+    """One step of torch's average, with the statistics of the whole batch and of all processes."""
+    count, mean, var = _of_whole_batch(means, variances, counts)
+    precise = mean.dtype
     if synchronized:
         if not sum(counts):  # the moments of nothing are not finite
             mean, var = torch.zeros_like(mean), torch.zeros_like(var)
@@ -53,7 +57,7 @@ def _(*_: Any) -> None:
     return None
 
 
-class _GhostBatchNorm(RunningNorm):
+class _GhostBatchNorm(RunningNorm, SteppingNorm):
     def __init__(
         self,
         num_features: int,
@@ -95,8 +99,12 @@ class _GhostBatchNorm(RunningNorm):
             F.batch_norm(part, mean, var, weight, bias, part.numel() > 0, 1.0, self.eps)
             for part, mean, var in zip(parts, means, variances, strict=True)
         ]
-        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        _take_in(means, variances, counts, *buffers, self.momentum, synchronized)
+        if self.collected is None:
+            buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+            _take_in(means, variances, counts, *buffers, self.momentum, synchronized)
+        elif x.numel() and not self.repeating:
+            batch = _of_whole_batch(means, variances, counts)
+            collect(self, batch.mean, batch.var, sum(counts))
         return torch.cat(y) if len(y) > 1 else y[0]
 
 
@@ -106,7 +114,8 @@ class GhostBatchNorm2d(_GhostBatchNorm):
     Train mode: the batch is cut into parts of ``normalization_batch_size`` samples (the last one may be smaller), and each is
     normalized with its own mean and variance. The running statistics take in each batch once, whole: momentum counts once
     per step, and the variance between the parts is part of theirs, and under ``torch.distributed`` the batches of all
-    processes. Eval mode is BatchNorm's, and so is the state dict, key for key.
+    processes. Eval mode is BatchNorm's, and so is the state dict, key for key. Forwards of one optimizer step
+    (micro-batches) count as one batch inside :func:`nnunet_norm.layers.one_step`.
 
     Departures from the paper: there the running statistics are updated once per part, with the statistics of the parts.
 

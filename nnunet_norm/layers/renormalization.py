@@ -116,6 +116,30 @@ def step(
     return Step(mean, var, r, d, total.to(mean.dtype) if sync == "full" and total is not None else None)
 
 
+def step_so_far(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    count: int,
+    eps: float,
+    r_max: float,
+    d_max: float,
+    warmup_steps: int,
+    ramp_steps: int,
+    sync: str,
+) -> Step:
+    """What one of several batches of a step is normalized with: :func:`step`, and nothing is taken in yet."""
+    number = None
+    if sync == "full":
+        total, mean, var = across_processes(mean, var, count)
+        number = total.to(mean.dtype)
+    limits = scheduled_limits(num_batches_tracked.to(mean.dtype), warmup_steps, ramp_steps, r_max, d_max)
+    corrections = correction_of(mean, var, running_mean.to(mean.dtype), running_var.to(var.dtype), eps)
+    return Step(mean, var, *clip(*corrections, limits), number)
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over ``(N, *spatial)``, at least in single precision; zeros for no values."""
     if not x.numel():

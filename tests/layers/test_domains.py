@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nnunet_norm.errors import LayerError
-from nnunet_norm.layers import find_norms
+from nnunet_norm.layers import find_norms, fit_for_steps, one_step
 from nnunet_norm.layers.domains import DomainStatistics, get_domain_statistics
 
 NAMES = ("plate_1", "plate_2", "plate_3")
@@ -161,6 +161,29 @@ def test_a_batch_that_is_not_finite_is_not_taken_in_and_leaves_no_trace():
     net.domain_statistics.keep(net, "plate_2")
     torch.testing.assert_close(net.domain_statistics.mean[1], mean)
     assert net.domain_statistics.num_batches.tolist() == [1, 1, 0]
+
+
+def test_norms_of_this_package_keep_the_same_statistics_over_steps_with_several_forwards():
+    """As torch's with the whole batch in one forward (first norm), also around a batch that is not finite."""
+    stock, fitted = listening(), network()
+    fit_for_steps(fitted)
+    fitted.domain_statistics.listen(fitted)
+    fitted.train()
+    for step, domain in enumerate(("plate_1", "plate_2", "plate_1", "plate_2")):
+        x = torch.randn(4, 1, 9, 9, generator=torch.Generator().manual_seed(step)) * (step + 1)
+        if step == 2:
+            x[3] = math.nan
+        stock(x)
+        with one_step(fitted):
+            for part in x.split(3):
+                fitted(part)
+        for net in (stock, fitted):
+            net.domain_statistics.keep(net, domain)
+        mine, expected = fitted.domain_statistics, stock.domain_statistics
+        assert torch.equal(mine.num_batches, expected.num_batches)
+        torch.testing.assert_close(mine.mean[:, :4], expected.mean[:, :4])
+        torch.testing.assert_close(mine.var[:, :4], expected.var[:, :4])
+    assert mine.num_batches.tolist() == [1, 2, 0]
 
 
 def test_the_state_dict_has_three_keys_more_and_strict_loading_restores_everything():
