@@ -4,7 +4,7 @@ import argparse
 import importlib
 from importlib.resources import files
 
-from nnunet_norm.training.naming import trainer_names
+from nnunet_norm.training.naming import options_line, trainer_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,5 +17,5 @@ def run(args: argparse.Namespace) -> None:
     width = max(map(len, names))
     for name, summary in names.items():
         print(f"{name:{width}}  {summary}")
-    print("\nEach also with a number of epochs: nnUNetTrainerBRN_250epochs. nnU-Net finds them after\n")
+    print(f"\nEach also with {options_line()}. nnU-Net finds them after\n")
     print(f'    export nnUNet_extTrainer="{files("nnunet_norm.trainers")}"')

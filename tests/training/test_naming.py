@@ -1,12 +1,15 @@
 """Trainer names through nnU-Net's own finder."""
 
 from importlib.resources import files
+from itertools import product
 
 import pytest
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_norm import cli
 from nnunet_norm.errors import TrainerNameError
 from nnunet_norm.training import NormTrainer
+from nnunet_norm.training.losses import LOSSES
 
 NORMS = (
     "BRN",
@@ -35,7 +38,31 @@ def test_every_norm_is_found_with_and_without_a_number_of_epochs(norm):
         trainer = recursive_find_trainer_class_by_name(f"nnUNetTrainer{norm}{suffix}")
         assert trainer.__name__ == f"nnUNetTrainer{norm}{suffix}"
         assert trainer.epochs == epochs
+        assert trainer.loss_name is None
         assert issubclass(trainer, NormTrainer)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_found_with_and_without_a_number_of_epochs(loss):
+    """Behind any norm; the class differs from the norm's own in these attributes alone."""
+    for norm, (suffix, epochs) in product(("BRN", "PreciseBN", "Norm"), (("", None), ("_250epochs", 250))):
+        trainer = recursive_find_trainer_class_by_name(f"nnUNetTrainer{norm}_{loss}{suffix}")
+        assert trainer.__name__ == f"nnUNetTrainer{norm}_{loss}{suffix}"
+        assert (trainer.loss_name, trainer.epochs) == (loss, epochs)
+        assert trainer.__bases__[0].__name__ == f"nnUNetTrainer{norm}"
+
+
+def test_the_losses_are_these():
+    """Names of results folders and in checkpoints: they never change."""
+    assert set(LOSSES) == {"DiceFocal", "DiceTopK", "DicePerim"}
+
+
+def test_options_in_another_order_are_refused_with_the_right_name():
+    with pytest.raises(TrainerNameError) as refusal:
+        recursive_find_trainer_class_by_name("nnUNetTrainerGN_250epochs_DiceTopK")
+    assert str(refusal.value) == (
+        "-tr nnUNetTrainerGN_250epochs_DiceTopK: options stand in another order: take nnUNetTrainerGN_DiceTopK_250epochs"
+    )
 
 
 def test_what_each_name_means_never_changes():
@@ -56,11 +83,28 @@ def test_what_each_name_means_never_changes():
 
 
 @pytest.mark.parametrize(
-    "suffix", ["_10epoch", "_0epochs", "_epochs", "_DiceBoundary", "_-3epochs", "_5epochs_5epochs"]
+    "suffix",
+    [
+        "_",
+        "_10epoch",
+        "_0epochs",
+        "_epochs",
+        "_DiceBoundary",
+        "_-3epochs",
+        "_5epochs_5epochs",
+        "_5epochs_6epochs",
+        "_DiceFocal_DiceTopK",
+        "_dicefocal",
+        "_DiceFocal_",
+        "_DiceFocal_\u0663epochs",
+    ],
 )
 def test_an_unknown_suffix_is_one_line_that_lists_the_choice(suffix):
     with pytest.raises(
-        TrainerNameError, match=rf"-tr nnUNetTrainerBRN{suffix}: choose one of nnUNetTrainerBRN, nnUNetTr"
+        TrainerNameError,
+        match=rf"^-tr nnUNetTrainerBRN{suffix}: choose one of nnUNetTrainerBRN, nnUNetTr.*, nnUNetTrainerNorm, "
+        r"with or without _<Loss> \(_DiceFocal, _DiceTopK, _DicePerim\) and _<N>epochs behind it "
+        r"\(such as _DiceFocal_250epochs\)$",
     ):
         recursive_find_trainer_class_by_name(f"nnUNetTrainerBRN{suffix}")
 
@@ -81,3 +125,11 @@ def test_another_folder_may_have_a_trainer_whose_name_begins_like_ours(tmp_path,
     )
     monkeypatch.setenv("nnUNet_extTrainer", f"{files('nnunet_norm.trainers')}:{tmp_path}")
     assert recursive_find_trainer_class_by_name("nnUNetTrainerBRN_mine").__name__ == "nnUNetTrainerBRN_mine"
+
+
+def test_the_command_lists_every_name_and_what_may_stand_behind_it(capsys):
+    cli.main(["trainers"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].removeprefix("nnUNetTrainer") for line in lines[: len(NORMS)]] == list(NORMS)
+    options = "_<Loss> (_DiceFocal, _DiceTopK, _DicePerim) and _<N>epochs behind it (such as _DiceFocal_250epochs)"
+    assert f"Each also with {options}. nnU-Net finds them after" in lines
