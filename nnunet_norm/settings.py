@@ -31,6 +31,9 @@ LARGEST_SEED = 2**32 - 1
 SLOWEST_MOMENTUM, FASTEST_MOMENTUM = 0.01, 0.1
 """Bounds of BatchRenorm's momentum where none is set: Ioffe's 0.01 (2017, section 4.2), and the default of torch."""
 
+CHECKPOINT_MINUTES = 10
+"""Age of the last checkpoint, in minutes, after which the end of an epoch writes the next; nnU-Net counts 50 epochs."""
+
 AVERAGES_PER_TRAINING = 60
 """A training is at least so many times as long as what its running statistics average over."""
 
@@ -38,6 +41,7 @@ AVERAGES_PER_TRAINING = 60
 _COUNTS = (
     *("num_iterations_per_epoch", "num_val_iterations_per_epoch", "disparity_batches"),
     *("population_samples", "reestimate_every", "normalization_batch_size"),
+    *("micro_batch_size", "warmup_epochs"),
 )
 
 
@@ -175,6 +179,11 @@ class NormSettings:
         frozen_share: share of the epochs that FrozenBN trains with frozen statistics, at the end.
         normalization_batch_size: samples that GhostBN normalizes together; it has no default.
         domain_statistics: experimental batches of which BEN keeps running statistics each, by name.
+        micro_batch_size: samples of one process that go through the network at once; the gradients of a batch are added up.
+        activation_checkpointing: whether activations are computed again for the gradient instead of kept.
+        warmup_epochs: epochs over which the learning rate rises linearly to what nnU-Net's schedule says.
+        checkpoint_minutes: a checkpoint to continue from is written at the end of an epoch if the last one is so many minutes
+            old; 0 for every epoch, None for :data:`CHECKPOINT_MINUTES`.
         batch_renorm: the schedule of BatchRenorm.
 
     Raises:
@@ -191,6 +200,10 @@ class NormSettings:
     frozen_share: float | None = None
     normalization_batch_size: int | None = None
     domain_statistics: tuple[str, ...] | None = None
+    micro_batch_size: int | None = None
+    activation_checkpointing: bool | None = None
+    warmup_epochs: int | None = None
+    checkpoint_minutes: float | None = None
     batch_renorm: BatchRenormSettings = field(default_factory=BatchRenormSettings)
 
     def __post_init__(self) -> None:
@@ -209,6 +222,12 @@ class NormSettings:
             wanted = "a share above 0 and below 1"
             if not 0 < _require_number("frozen_share", self.frozen_share, wanted) < 1:
                 raise _refuse("frozen_share", self.frozen_share, wanted)
+        if not isinstance(self.activation_checkpointing, bool | None):
+            raise _refuse("activation_checkpointing", self.activation_checkpointing, "true or false")
+        if self.checkpoint_minutes is not None:
+            wanted = "a finite number of at least 0"
+            if _require_number("checkpoint_minutes", self.checkpoint_minutes, wanted) < 0:
+                raise _refuse("checkpoint_minutes", self.checkpoint_minutes, wanted)
         if self.domain_statistics is not None:
             object.__setattr__(self, "domain_statistics", _names("domain_statistics", self.domain_statistics))
 

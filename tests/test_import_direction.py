@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = {
     "errors": 0,
     "writing": 0,
+    "living": 0,
     "layers": 1,
     "metrics": 1,
     "receptive_field": 1,
@@ -35,6 +36,7 @@ RANKS = {
 WITHOUT_NNUNET = {
     "errors": set(),
     "writing": set(),
+    "living": {"torch"},
     "layers": {"torch"},
     "metrics": {"torch", "numpy", "scipy"},
     "receptive_field": {"torch", "numpy", "scipy"},

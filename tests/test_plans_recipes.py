@@ -12,7 +12,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 import nnunet_norm.plans
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning import resolve_configuration
-from nnunet_norm.plans import shallow
+from nnunet_norm.plans import amos, shallow
 
 STOCK = Path(__file__).resolve().parent / "stock_plans"
 
@@ -94,3 +94,49 @@ def test_a_network_with_a_larger_reach_is_warned_about(caplog: pytest.LogCapture
     residual = json.loads((STOCK / "nnUNetResEncUNetMPlans.json").read_text())
     shallow.derive(residual, ["3d_fullres"])
     assert "3d_fullres: ResidualEncoderUNet has more convolutions per stage than PlainConvUNet" in caplog.text
+
+
+STUDY = {
+    "p160": (2, [64, 160, 160]),
+    "p288": (2, [64, 288, 288]),
+    "p352": (2, [64, 352, 352]),
+    "p384": (2, [64, 384, 384]),
+    "b2": (2, [64, 160, 160]),
+    "b4": (4, [64, 160, 160]),
+    "b16": (16, [64, 160, 160]),
+    "b64": (64, [64, 160, 160]),
+}
+
+
+def scaled(plans: dict, configuration: str, setting: str, **options) -> tuple[int, list[int]]:
+    resolved = resolve_configuration(amos.derive(plans, configuration, setting=setting, **options), configuration)
+    return resolved["batch_size"], resolved["patch_size"]
+
+
+def test_plans_with_the_studys_patch_get_exactly_its_numbers(plans: dict) -> None:
+    """Enforces the batches and patches of the study's tables, and nothing else changed."""
+    plans["configurations"]["3d_fullres"]["patch_size"] = [64, 160, 160]
+    assert {setting: scaled(plans, "3d_fullres", setting) for setting in amos.SETTINGS} == STUDY
+    derived = amos.derive(plans, "3d_fullres", setting="b16")["configurations"]["3d_fullres"]
+    assert derived == plans["configurations"]["3d_fullres"] | {"batch_size": 16}
+
+
+def test_other_plans_are_scaled_by_the_same_factors(plans: dict) -> None:
+    """Enforces the factors within the slice, in 2d and where no axis is coarsest, enlarged to what the strides divide."""
+    assert scaled(plans, "2d", "p288") == (12, [1024, 1024])  # 921.6, and a total stride of 128
+    assert scaled(plans, "2d", "b16") == (96, [512, 512])
+    assert scaled(plans, "3d_lowres", "p352") == (2, [112, 352, 288])  # 281.6, and a stride of 32
+    plans["configurations"]["3d_lowres"]["spacing"] = [1.0, 1.0, 1.0]
+    assert scaled(plans, "3d_lowres", "p384") == (2, [112, 384, 320])  # 307.2; the shortest axis stays
+    plans["configurations"]["3d_lowres"]["spacing"] = [1.0, 1.0, 3.0]
+    assert scaled(plans, "3d_lowres", "p384")[1] == [272, 384, 128]  # 268.8, and a stride of 16
+    options = {"batch_size": 6, "seed": 1}
+    assert scaled(plans, "3d_fullres", "b64", **options) == (6, [80, 160, 160])
+
+
+def test_wrong_settings_of_the_study_are_refused(plans: dict) -> None:
+    """Enforces the list of settings, and one configuration at a time: each is scaled by itself."""
+    with pytest.raises(PlansError, match="recipe amos: setting is b8; choose from p160, p288"):
+        amos.derive(plans, "3d_fullres", setting="b8")
+    with pytest.raises(PlansError, match=r"recipe amos: configuration is 2d, 3d_fullres; .* give one"):
+        amos.derive(plans, ["2d", "3d_fullres"], setting="b16")

@@ -22,6 +22,10 @@ FULL = {
     "frozen_share": 0.25,
     "normalization_batch_size": 2,
     "domain_statistics": ["plate_1", "plate_2"],
+    "micro_batch_size": 4,
+    "activation_checkpointing": True,
+    "warmup_epochs": 5,
+    "checkpoint_minutes": 0,
     "batch_renorm": {"momentum": 0.1, "r_max": 2.0, "d_max": 0.0, "warmup": 0.7, "ramp": 0.2, "sync": "full"},
 }
 

@@ -1,16 +1,15 @@
 """Derive a new plans file from one that nnU-Net has written; the preprocessed data are reused.
 
     nnunet-norm plan -d 4 -c 3d_fullres --batch-size 16 --patch-size 64 160 160 --seed 1
+    nnunet-norm plan -d 4 -c 3d_fullres --batch-size 16 --lr-scaling linear --warmup-epochs 5 --num-gpus 8 --vram 24
 
 The strides are kept and an indivisible patch is enlarged to fit them; --replan-topology recomputes them as nnU-Net would.
 Every stage of a cascade is derived together: batch and patch for the configuration that is named, all else for both.
+A table says before anything is written what a step takes: memory is nnU-Net's own estimate, or measured where a GPU is.
 """
 
 import argparse
-import importlib
 import json
-import pkgutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_norm.commands.messages import messages_shown
+from nnunet_norm.commands.plan_checks import check_training
+from nnunet_norm.commands.plan_options import OPTIONS, add_changes
+from nnunet_norm.commands.plan_recipes import find_recipe
 from nnunet_norm.errors import ExperimentalBatchesError, PlansError, SetupError
 from nnunet_norm.experimental_batches import (
     find_experimental_batches,
@@ -28,28 +30,8 @@ from nnunet_norm.experimental_batches import (
     untrained_batches,
 )
 from nnunet_norm.planning import cascade, derive_plans, load_plans, resolve_configuration, save_plans
-
-OPTIONS = {
-    "batch_size": "--batch-size",
-    "patch_size": "--patch-size",
-    "replan_topology": "--replan-topology",
-    "num_stages": "--num-stages",
-    "base_features": "--base-features",
-    "features_per_stage": "--features-per-stage",
-    "norm_op": "--norm-op",
-    "iterations_per_epoch": "--iterations-per-epoch",
-    "val_iterations_per_epoch": "--val-iterations-per-epoch",
-    "initial_lr": "--initial-lr",
-    "seed": "--seed",
-    "disparity_batches": "--disparity-batches",
-    "population_samples": "--population-samples",
-    "reestimate_every": "--reestimate-every",
-    "frozen_share": "--frozen-share",
-    "normalization_batch_size": "--normalization-batch-size",
-    "domain_statistics": "--domain-statistics",
-    "batch_renorm": "--batch-renorm",
-}
-"""Parameters of ``derive_plans`` and the flags that give them."""
+from nnunet_norm.planning.configurations import Plans
+from nnunet_norm.planning.options import given
 
 TRAINERS = {
     "norm_op": "nnUNetTrainerNorm",
@@ -60,9 +42,6 @@ TRAINERS = {
     "population_samples": "nnUNetTrainerPreciseBN",
 }
 """Which trainer a setting is for; the first that is given counts."""
-
-RECIPES = "nnunet_norm.plans"
-"""Where recipes are found by name; the library does not import them otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,85 +56,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="NAME", help="named set of changes, e.g. shallow; the options below go on top"
     )
-    changes = parser.add_argument_group("changes")
-    changes.add_argument("--batch-size", type=int, metavar="N", help="samples per optimizer step, over all GPUs")
-    changes.add_argument(
-        "--patch-size", type=int, nargs="+", metavar="N", help="voxels per axis, in the order of the plans"
+    parser.add_argument("--setting", metavar="NAME", help="of a recipe that has several, e.g. b16 of amos")
+    add_changes(parser)
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="over which the batch is shared out (default: 1)"
     )
-    changes.add_argument(
-        "--replan-topology", action="store_true", help="strides and kernels as nnU-Net would choose them"
-    )
-    changes.add_argument("--num-stages", type=int, metavar="N", help="keep this many of the finest stages")
-    changes.add_argument(
-        "--base-features", type=int, metavar="N", help="of the first stage; doubled up to the plan's cap"
-    )
-    changes.add_argument("--features-per-stage", type=int, nargs="+", metavar="N", help="instead, one number per stage")
-    changes.add_argument("--norm-op", metavar="PATH", help="dotted path of a norm (train it with nnUNetTrainerNorm)")
-    changes.add_argument("--iterations-per-epoch", type=int, metavar="N", help="optimizer steps per epoch")
-    changes.add_argument("--val-iterations-per-epoch", type=int, metavar="N", help="validation batches per epoch")
-    changes.add_argument("--initial-lr", type=float, metavar="F", help="learning rate at the start")
-    changes.add_argument("--seed", type=int, metavar="N", help="of weights; with nnUNet_n_proc_DA=0 of all else too")
-    changes.add_argument("--disparity-batches", type=int, metavar="N", help="batches on which disparity is measured")
-    changes.add_argument(
-        "--population-samples", type=int, metavar="N", help="patches for PreciseBN's and FrozenBN's statistics"
-    )
-    changes.add_argument("--reestimate-every", type=int, metavar="N", help="epochs between PreciseBN's estimates")
-    changes.add_argument("--frozen-share", type=float, metavar="F", help="of FrozenBN's epochs, at the end")
-    changes.add_argument("--normalization-batch-size", type=int, metavar="N", help="samples that GhostBN normalizes by")
-    changes.add_argument(
-        "--domain-statistics",
-        action="store_true",
-        help="running statistics for each experimental batch of the dataset (nnUNetTrainerBEN)",
-    )
-    changes.add_argument(
-        "--batch-renorm", type=_setting, nargs="+", metavar="KEY=V", help="momentum, r_max, d_max, warmup, ramp, sync"
+    parser.add_argument("--vram", type=float, metavar="GB", help="memory of a GPU; refuse plans that do not fit it")
+    parser.add_argument(
+        "-device", choices=("cuda", "cpu"), help="measure memory on a GPU, or not (default: where there is one)"
     )
     parser.add_argument("--plans-name", metavar="NAME", help="of the result (default: the old name and what changed)")
     parser.add_argument("--overwrite", action="store_true", help="replace a plans file of that name")
 
 
-def _setting(text: str) -> tuple[str, float | str]:
-    key, _, value = text.partition("=")
-    if key == "sync" and value:
-        return key, value
-    try:
-        return key, float(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=NUMBER, e.g. r_max=2") from error
-
-
 def run(args: argparse.Namespace) -> None:
-    """Derive, save, and say what changed and what to type next."""
-    given = {name: getattr(args, name) for name in OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None and value is not False}
-    if "batch_renorm" in options:
-        options["batch_renorm"] = dict(options["batch_renorm"])
-    if not options and args.recipe is None:
+    """Derive, say what the training takes, save, and say what changed and what to type next."""
+    options = _options(args)
+    recipe = None if args.recipe is None else find_recipe(args.recipe, args.setting)
+    if args.setting is not None and recipe is None:
+        raise PlansError(f"--setting {args.setting} belongs to a recipe; give --recipe too")
+    if not options and recipe is None:
         raise PlansError(f"nothing to change; give --recipe or at least one of {', '.join(OPTIONS.values())}")
-    derive = derive_plans if args.recipe is None else _recipe(args.recipe)
     dataset, folder = _dataset(args.d)
     plans = load_plans(folder, args.p)
     batches = _experimental_batches(dataset, folder, "domain_statistics" in options)
     if "domain_statistics" in options:
         options["domain_statistics"] = batches
     with messages_shown():
+        derive = derive_plans if recipe is None else recipe.derive
         derived = derive(plans, args.c, plans_name=args.plans_name, **options)
+        check_training(args, plans, derived, Path(folder), dataset)
     path = save_plans(derived, folder, overwrite=args.overwrite)
     print(f"\n{path}\n")
     _print_table(_differences(plans, derived))
     print("\nNext:")
     trainer = next((TRAINERS[name] for name in TRAINERS if name in options), "nnUNetTrainerBRN")
-    for command in _next_commands(dataset, derived, args.c, trainer):
+    names = [trainer, *(f"{trainer}_{loss}" for loss in (recipe.losses if recipe is not None else ()))]
+    for command in _next_commands(dataset, derived, args, names):
         print(f"  {command}")
 
 
-def _recipe(name: str) -> Callable[..., dict[str, Any]]:
-    """The function ``derive`` of a module in ``plans/``."""
-    there = sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(RECIPES).__path__))
-    if name not in there:
-        raise PlansError(f"--recipe {name} is not known; choose from {', '.join(there)}")
-    derive: Callable[..., dict[str, Any]] = importlib.import_module(f"{RECIPES}.{name}").derive
-    return derive
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as ``derive_plans`` takes it."""
+    options = given({name: getattr(args, name) for name in OPTIONS})
+    if not options["domain_statistics"]:
+        del options["domain_statistics"]
+    if "batch_renorm" in options:
+        options["batch_renorm"] = dict(options["batch_renorm"])
+    return options
 
 
 def _dataset(name_or_id: str) -> tuple[str, str]:
@@ -240,12 +188,15 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
         print(f"{configuration:<{widths[0]}}  {key:<{widths[1]}}  {old} -> {new}")
 
 
-def _next_commands(dataset: str, derived: dict[str, Any], named: list[str], trainer: str) -> list[str]:
-    """The export line and one training per configuration; a cascade needs all folds of a stage before the next one."""
+def _next_commands(dataset: str, derived: Plans, args: argparse.Namespace, trainers: list[str]) -> list[str]:
+    """The export line and the trainings of each configuration; a cascade needs all folds of a stage before the next one."""
     commands = ['export nnUNet_extTrainer="$(nnunet-norm trainers-dir)"']
-    for name in dict.fromkeys(stage for configuration in named for stage in cascade(derived, configuration)):
-        line = f"nnUNetv2_train {dataset} {name} 0 -p {derived['plans_name']} -tr {trainer}"
+    gpus = f" -num_gpus {args.num_gpus}" if args.num_gpus > 1 else ""
+    for name in dict.fromkeys(stage for configuration in args.c for stage in cascade(derived, configuration)):
+        lines = [
+            f"nnUNetv2_train {dataset} {name} 0 -p {derived['plans_name']} -tr {trainer}{gpus}" for trainer in trainers
+        ]
         if resolve_configuration(derived, name).get("next_stage"):
-            line += "    # and folds 1 to 4, before the next stage"
-        commands.append(line)
+            lines = [f"{line}    # and folds 1 to 4, before the next stage" for line in lines]
+        commands += lines
     return commands

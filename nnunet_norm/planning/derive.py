@@ -1,21 +1,20 @@
 """Plans in, new validated plans out.
 
-What changes and where it is kept: batch size, patch size and the architecture in nnU-Net's own keys; iterations, learning
-rate, seed, disparity and the schedule of BatchRenorm in the block ``"nnunet_norm"`` (:mod:`nnunet_norm.settings`).
-``data_identifier`` never changes, so the preprocessed data are reused; ``plans_name`` always does, since it names the
-results folder.
+What changes and where it is kept: batch size, patch size and the architecture in nnU-Net's own keys; micro-batches,
+checkpointing, iterations, learning rate, seed, disparity and the schedule of BatchRenorm in the block ``"nnunet_norm"``
+(:mod:`nnunet_norm.settings`). ``data_identifier`` never changes, so the preprocessed data are reused; ``plans_name`` always
+does, since it names the results folder.
 """
 
 import copy
 import dataclasses
-import json
 import logging
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning import topology
+from nnunet_norm.planning.batches import check_batches
 from nnunet_norm.planning.configurations import (
     Configuration,
     Plans,
@@ -28,44 +27,11 @@ from nnunet_norm.planning.configurations import (
     resolve_configuration,
 )
 from nnunet_norm.planning.naming import new_name
+from nnunet_norm.planning.options import NAMED_ONLY, OPTIONS, SETTINGS, asked_for
+from nnunet_norm.planning.schedule import scaled_settings
 from nnunet_norm.settings import BLOCK, BatchRenormSettings, NormSettings
 
 LOGGER = logging.getLogger(__name__)
-
-NAMED_ONLY = {"batch_size", "patch_size", "replan_topology"}
-"""What is bound to a resolution and to the memory it takes: never carried over to the other stage of a cascade."""
-
-ARCHITECTURE = ("num_stages", "base_features", "features_per_stage", "norm_op", "norm_op_kwargs")
-
-COUNTS = {
-    "batch_size",
-    "num_stages",
-    "base_features",
-    "iterations_per_epoch",
-    "val_iterations_per_epoch",
-    "disparity_batches",
-    "population_samples",
-    "reestimate_every",
-    "normalization_batch_size",
-}
-
-SETTINGS = {
-    "iterations_per_epoch": "num_iterations_per_epoch",
-    "val_iterations_per_epoch": "num_val_iterations_per_epoch",
-    "initial_lr": "initial_lr",
-    "seed": "seed",
-    "disparity_batches": "disparity_batches",
-    "population_samples": "population_samples",
-    "reestimate_every": "reestimate_every",
-    "frozen_share": "frozen_share",
-    "normalization_batch_size": "normalization_batch_size",
-    "domain_statistics": "domain_statistics",
-    "batch_renorm": "batch_renorm",
-}
-"""Options and the entries of the block ``"nnunet_norm"`` that they set."""
-
-OPTIONS = ("batch_size", "patch_size", "replan_topology", *ARCHITECTURE, *SETTINGS)
-"""Everything that can be asked for, in the order in which it stands in the default name."""
 
 
 def derive_plans(
@@ -74,6 +40,8 @@ def derive_plans(
     *,
     plans_name: str | None = None,
     batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    activation_checkpointing: bool | None = None,
     patch_size: Sequence[int] | None = None,
     replan_topology: bool = False,
     num_stages: int | None = None,
@@ -83,7 +51,11 @@ def derive_plans(
     norm_op_kwargs: Mapping[str, Any] | None = None,
     iterations_per_epoch: int | None = None,
     val_iterations_per_epoch: int | None = None,
+    keep_samples: bool = False,
     initial_lr: float | None = None,
+    lr_scaling: str | None = None,
+    warmup_epochs: int | None = None,
+    checkpoint_minutes: float | None = None,
     seed: int | None = None,
     disparity_batches: int | None = None,
     population_samples: int | None = None,
@@ -97,9 +69,9 @@ def derive_plans(
 
     Changed keys are written at the configuration itself, over what it inherits. Configurations that inherit *from* it
     follow, as they do in nnU-Net, and are validated too. Every stage of a **cascade** is derived together, whichever is
-    named: the norm, the number of stages, the features and all of the block ``"nnunet_norm"`` go to each of them;
-    ``batch_size``, ``patch_size`` and ``replan_topology`` belong to one resolution and change the named one only. A stage
-    that has fewer than ``num_stages`` keeps its own.
+    named: the norm, the number of stages, the features and the block ``"nnunet_norm"`` go to each of them; what is bound to
+    one resolution (:data:`~nnunet_norm.planning.options.NAMED_ONLY`: batch, micro-batches, checkpointing, patch, and what
+    follows the batch size) changes the named one only. A stage that has fewer than ``num_stages`` keeps its own.
 
     Args:
         plans: as nnU-Net's planner wrote them.
@@ -107,6 +79,8 @@ def derive_plans(
         plans_name: of the result; by default the old name with what was asked for, e.g.
             ``nnUNetPlans_b16_p64x160x160_s4_f8_it10_seed1``.
         batch_size: samples per optimizer step, over all GPUs.
+        micro_batch_size: samples of one process that go through the network at once; their gradients are added up.
+        activation_checkpointing: compute activations again for the gradient instead of keeping them; False turns it off.
         patch_size: voxels per axis, in the order of the plans (after nnU-Net's transposition). The strides are kept; a
             patch that they do not divide is enlarged to the next multiple of their product, with a warning. The result may
             not be below :func:`~nnunet_norm.planning.topology.smallest_patch` of the strides, after ``num_stages``: fewer
@@ -119,7 +93,12 @@ def derive_plans(
         norm_op_kwargs: its arguments; by default those of the plans.
         iterations_per_epoch: optimizer steps per epoch.
         val_iterations_per_epoch: validation batches per epoch.
+        keep_samples: scale the iterations per epoch by old batch / new batch, so that as many samples are seen.
         initial_lr: learning rate at the start.
+        lr_scaling: instead, scale it with the batch: ``"linear"``, ``"sqrt"`` or ``"none"``, see
+            :func:`~nnunet_norm.planning.schedule.scaled_lr`.
+        warmup_epochs: epochs over which the learning rate rises linearly from near 0.
+        checkpoint_minutes: age of the last checkpoint after which the end of an epoch writes the next; 0 for every epoch.
         seed: of weights, sampling and augmentation.
         disparity_batches: validation batches on which train/eval disparity is measured.
         population_samples: training patches from which PreciseBN and FrozenBN re-estimate the running statistics.
@@ -134,7 +113,7 @@ def derive_plans(
             dotted path that leads nowhere, a cascade that is not mapped both ways, or plans of the old format.
     """
     # Only the parameters are local yet; OPTIONS takes those that are changes.
-    asked = _asked({name: value for name, value in dict(locals()).items() if name in OPTIONS})
+    asked = asked_for({name: value for name, value in dict(locals()).items() if name in OPTIONS})
     named = list(dict.fromkeys([configuration] if isinstance(configuration, str) else configuration))
     everyone = list(dict.fromkeys(stage for name in named for stage in cascade(plans, name)))
     changes: dict[str, Configuration] = {}
@@ -151,54 +130,12 @@ def derive_plans(
     following = list(dict.fromkeys(heir for name in changes for heir in heirs(derived, name) if heir not in changes))
     for name in [*changes, *following]:
         check_configuration(derived, name)
+        check_batches(resolve_configuration(derived, name), name)
     if len(changes) > len(named):
         LOGGER.info("Stages of one cascade are derived together: %s", ", ".join(changes))
     if following:
         LOGGER.info("%s inherit(s) from what was changed, and follow(s)", ", ".join(following))
     return derived
-
-
-def _positive(name: str, value: object) -> int:
-    """The value as an int, or a refusal; NumPy's integers are welcome, booleans and floats are not."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise PlansError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    return number
-
-
-def _asked(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, in plain types.
-
-    Raises:
-        PlansError: none was given, two that exclude each other, or a value of the wrong type.
-    """
-    asked = {name: options[name] for name in OPTIONS if options[name] is not None and options[name] is not False}
-    if not asked:
-        raise PlansError(f"nothing to change: give at least one of {', '.join(OPTIONS)}")
-    if {"base_features", "features_per_stage"} <= asked.keys():
-        raise PlansError("base_features and features_per_stage both say how many features; give one of them")
-    for name in COUNTS & asked.keys():
-        asked[name] = _positive(name, asked[name])
-    for name in {"patch_size", "features_per_stage"} & asked.keys():
-        if not isinstance(asked[name], Iterable) or isinstance(asked[name], str):
-            raise PlansError(f"{name} is {asked[name]!r}; it must be a sequence of whole numbers")
-        asked[name] = [_positive(name, value) for value in asked[name]]
-    if "domain_statistics" in asked:
-        asked["domain_statistics"] = list(asked["domain_statistics"])
-    if "norm_op_kwargs" in asked:
-        asked["norm_op_kwargs"] = dict(asked["norm_op_kwargs"])
-        try:
-            json.dumps(asked["norm_op_kwargs"])
-        except TypeError as error:
-            raise PlansError(
-                f"norm_op_kwargs {asked['norm_op_kwargs']!r} cannot stand in a JSON file: {error}"
-            ) from error
-    return asked
 
 
 def _changes(resolved: Configuration, name: str, asked: dict[str, Any], is_named: bool) -> Configuration:
@@ -230,6 +167,7 @@ def _changes(resolved: Configuration, name: str, asked: dict[str, Any], is_named
         if fitting != list(resolved["patch_size"]):
             changes["patch_size"] = fitting
     settings = {SETTINGS[key]: value for key, value in asked.items() if key in SETTINGS}
+    settings |= scaled_settings(resolved, asked, name)
     if settings:
         changes[BLOCK] = _with_settings(NormSettings.from_configuration(resolved), settings).to_block()
     return changes

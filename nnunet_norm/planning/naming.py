@@ -24,6 +24,7 @@ def check_plans_name(name: str) -> None:
 
 PREFIXES = {
     "batch_size": "b",
+    "micro_batch_size": "mb",
     "patch_size": "p",
     "num_stages": "s",
     "base_features": "f",
@@ -33,6 +34,9 @@ PREFIXES = {
     "iterations_per_epoch": "it",
     "val_iterations_per_epoch": "vit",
     "initial_lr": "lr",
+    "lr_scaling": "lr",
+    "warmup_epochs": "warm",
+    "checkpoint_minutes": "save",
     "seed": "seed",
     "disparity_batches": "disp",
     "population_samples": "pop",
@@ -43,6 +47,14 @@ PREFIXES = {
     "batch_renorm": "brn-",
 }
 """How each option begins in the default name."""
+
+SWITCHES = {
+    ("replan_topology", True): "replan",
+    ("keep_samples", True): "keep",
+    ("activation_checkpointing", True): "ckpt",
+    ("activation_checkpointing", False): "nockpt",
+}
+"""How options without a value of their own are called there."""
 
 
 def new_name(old: str, new: str | None, asked: dict[str, Any]) -> str:
@@ -57,6 +69,8 @@ def new_name(old: str, new: str | None, asked: dict[str, Any]) -> str:
 
 def _short(option: str, value: Any) -> str:
     """One option in the default name: ``b16``, ``p64x160x160``, ``replan``, ``s4``, ``f8``, ``GroupNorm``, ``it10``."""
+    if isinstance(value, bool):
+        return SWITCHES[option, value]
     if isinstance(value, BatchRenormSettings):
         value = value.to_block()
     if isinstance(value, Mapping):
@@ -65,8 +79,10 @@ def _short(option: str, value: Any) -> str:
         text = ("x" if option == "patch_size" else "-").join(str(item) for item in value)
     else:
         text = str(value)
-    if option == "replan_topology":
-        return "replan"
+    if option == "checkpoint_minutes":
+        text = f"{value:g}"
+    if option == "lr_scaling":
+        text = {"linear": "lin"}.get(text, text)
     if option == "domain_statistics":
         text = str(len(value))
     if option == "norm_op":

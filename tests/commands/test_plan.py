@@ -1,7 +1,9 @@
 """`nnunet-norm plan` as a user types it: through the console script's main."""
 
+import itertools
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def test_an_existing_file_is_kept_unless_overwrite_is_given(folder: Path, capsys
         (["-d", 990, "-c", "2d"], "nothing to change; give --recipe or at least one of --batch-size, --patch-size"),
         (["-d", 990, "-c", "2d", "--batch-size", 4, "-p", "nnUNetPlan"], "there are nnUNetPlans"),
         (["-d", 990, "-c", "1d", "--batch-size", 4], "configuration 1d is not in plans nnUNetPlans; there are 2d,"),
-        (["-d", 990, "-c", "2d", "--recipe", "deep"], "--recipe deep is not known; choose from shallow"),
+        (["-d", 990, "-c", "2d", "--recipe", "deep"], "--recipe deep is not known; choose from amos, shallow"),
         (["-d", 990, "-c", "2d", "--patch-size", 64, 64], "64x64 is below the network's minimum of 512x512"),
         (["-d", 990, "-c", "2d", "--seed", -1], "nnunet_norm.seed is -1"),
         (["-d", 991, "-c", "2d", "--batch-size", 4], "-d 991: Could not find a dataset with the ID 991"),
@@ -143,6 +145,114 @@ def test_a_malformed_setting_is_refused_by_the_parser(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="2"):
         plan("-d", 990, "-c", "2d", "--batch-renorm", "r_max")
     assert "'r_max' is not KEY=NUMBER" in capsys.readouterr().err
+
+
+def table(printed: str, configuration: str) -> dict[str, str]:
+    """What the table says about a configuration."""
+    lines = printed.splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("  "), lines[lines.index(configuration) + 1 :])
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in rows)
+
+
+def describe_labels(folder: Path, labels: int = 15) -> None:
+    """The dataset's description, of one channel."""
+    names = ["background", *(f"label_{label}" for label in range(1, labels + 1))]
+    description = {"channel_names": {"0": "CT"}, "labels": {name: label for label, name in enumerate(names)}}
+    (folder / "dataset.json").write_text(json.dumps(description | {"file_ending": ".nii.gz"}))
+
+
+def test_a_table_says_what_a_step_takes_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces network, corrected patch, shares, voxels, nnU-Net's memory, steps, samples, learning rate and -num_gpus."""
+    describe_labels(folder)
+    options = "--batch-size 16 --micro-batch-size 1 --patch-size 64 280 288 --lr-scaling linear --warmup-epochs 5 "
+    options += "--keep-samples --checkpoint-minutes 5 --num-gpus 8 --vram 24"
+    assert plan("-d", 990, "-c", "3d_fullres", *options.split()) == 0
+    printed = capsys.readouterr().out
+    assert table(printed, "3d_fullres") == {
+        "topology": "PlainConvUNet, 6 stages, total stride 16x32x32, features 32 64 128 256 320 320",
+        "patch": "64x288x288, 5,308,416 voxels (asked for 64x280x288)",
+        "batch": "16 samples, 2 on each of 8 GPUs, 1 at once in the network",
+        "voxels per step": "84,934,656",
+        "memory per GPU": "11.6 GB with 1 sample at once (nnU-Net's estimate)",
+        "steps": "31 x 1000 epochs = 31,000, with 496,000 samples (other epochs: _<N>epochs in the trainer's name)",
+        "learning rate": "0.08, after 5 epochs of warm-up",
+    }
+    name = "nnUNetPlans_b16_p64x288x288_keep_lrlin_mb1_warm5_save5"
+    assert printed.index("learning rate  ") < printed.index(f"{name}.json")
+    assert printed.splitlines()[-1].endswith(f"-p {name} -tr nnUNetTrainerBRN -num_gpus 8")
+    assert json.loads((folder / f"{name}.json").read_text())["configurations"]["3d_fullres"]["nnunet_norm"] == {
+        "num_iterations_per_epoch": 31,
+        "initial_lr": pytest.approx(0.08),
+        "micro_batch_size": 1,
+        "warmup_epochs": 5,
+        "checkpoint_minutes": 5.0,
+    }
+
+
+def test_what_does_not_fit_is_refused_with_what_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces that --vram writes nothing that is too large, and that a choice that it names is accepted."""
+    describe_labels(folder)
+    command = ["-d", 990, "-c", "3d_lowres", "--batch-size", 4, "--num-stages", 3, "--patch-size", 64, 64, 64]
+    assert plan(*command, "--vram", 1) == 2
+    printed = capsys.readouterr()
+    assert table(printed.out, "3d_lowres")["memory per GPU"] == "1.6 GB with 4 samples at once (nnU-Net's estimate)"
+    (line,) = printed.err.splitlines()
+    assert "64x64x64 with 4 samples at once takes 1.6 GB per GPU (nnU-Net's estimate), --vram is 1; what fits: " in line
+    flags = re.search(r"what fits: (--micro-batch-size \d+) ", line)[1]
+    assert [file.name for file in folder.iterdir() if file.name.startswith("nnUNetPlans")] == ["nnUNetPlans.json"]
+    assert plan(*command, "--vram", 1, *flags.split()) == 0
+    capsys.readouterr()
+    assert plan(*command, "--activation-checkpointing") == 0
+    memory = table(capsys.readouterr().out, "3d_lowres")["memory per GPU"]
+    assert memory.endswith("activations computed again (nnU-Net's estimate, checkpointing counted)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--batch-size", 4, "--num-gpus", 5],
+            "2d: num_gpus is 5, more than the batch of 4 has samples; give num_gpus of",
+        ),
+        (["--batch-size", 4, "--num-gpus", 0], "--num-gpus is 0; it must be at least 1"),
+        (["--batch-size", 4, "--vram", 0], "--vram is 0; it must be the memory of a GPU in GB, above 0"),
+        (["--batch-size", 4, "--vram", "nan"], "--vram is nan; it must be"),
+        (["--batch-size", 4, "--vram", 8], "--vram 8: memory cannot be estimated without"),
+        (["--micro-batch-size", 13], "micro_batch_size is 13, larger than the batch of 12"),
+        (["--batch-size", 4, "--lr", 0.1, "--lr-scaling", "sqrt"], "lr_scaling and initial_lr both say"),
+        (["--recipe", "amos"], "--setting is missing; recipe amos has p160, p288, p352, p384, b2, b4, b16, b64"),
+        (["--recipe", "amos", "--setting", "b8"], "--setting b8 is not known; recipe amos has p160,"),
+        (["--recipe", "shallow", "--setting", "b16"], "--setting b16: recipe shallow has no settings; leave it out"),
+        (["--batch-size", 4, "--setting", "b16"], "--setting b16 belongs to a recipe; give --recipe too"),
+        (
+            ["--patch-size", 1024, 512],
+            "1024x512 is larger than every image on axis 0 (the largest extents are 520x512): give",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list, message: str
+) -> None:
+    """Enforces exit code 2 and one telling line for GPUs, memory, recipes and images, and no new plans."""
+    fingerprint = {"shapes_after_crop": [[260, 520, 512]], "spacings": [[2.0, 0.7, 0.7]]}
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    assert plan("-d", 990, "-c", "2d", *flags) == 2
+    assert message in refusal(capsys)
+    assert not list(folder.glob("nnUNetPlans_*"))
+
+
+def test_the_settings_of_a_recipe_name_the_trainers_of_its_losses(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces the plans of a setting, and one training for each loss of the study."""
+    assert plan("-d", 990, "-c", "3d_fullres", "--recipe", "amos", "--setting", "p288") == 0
+    trainers = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "nnUNetv2_train" in line]
+    losses = ("", "_DiceFocal", "_DiceTopK", "_DicePerim")
+    assert trainers == [f"nnUNetTrainerBRN{loss}" for loss in losses]
+    configuration = json.loads((folder / "nnUNetPlans_b2_p80x288x288.json").read_text())["configurations"]["3d_fullres"]
+    assert (configuration["batch_size"], configuration["patch_size"]) == (2, [80, 288, 288])
 
 
 def test_logging_is_left_as_it_was(folder: Path) -> None:

@@ -1,0 +1,105 @@
+"""What ``nnunet-norm plan`` looks at before it writes: images, GPUs and their memory."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.paths import nnUNet_raw
+
+from nnunet_norm.commands.plan_table import table
+from nnunet_norm.errors import ArchitectureError, PlansError, SetupError
+from nnunet_norm.planning import resolve_configuration
+from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.planning.configurations import Plans
+from nnunet_norm.planning.fitting import Training, check_fits
+from nnunet_norm.planning.images import check_patch
+from nnunet_norm.planning.memory import Network
+
+
+def check_training(args: argparse.Namespace, plans: Plans, derived: Plans, folder: Path, dataset: str) -> None:
+    """Print a table for each configuration that is named, and refuse what cannot be trained as asked.
+
+    Args:
+        args: of the command.
+        plans: derived from.
+        derived: not written yet.
+        folder: of the preprocessed dataset.
+        dataset: its name.
+
+    Raises:
+        PlansError: a patch larger than every image, more GPUs than samples, or more memory than ``--vram``.
+        SetupError: ``--vram`` without the dataset's description, or ``-device cuda`` without a GPU.
+    """
+    _check_flags(args)
+    _check_patches(plans, derived, folder)
+    description = _description(folder, dataset)
+    if args.vram is not None and description is None:
+        raise SetupError(
+            f"--vram {args.vram:g}: memory cannot be estimated without {folder}/dataset.json, which says how many channels "
+            "and labels there are; run nnUNetv2_plan_experiment"
+        )
+    trainings = []
+    for name in dict.fromkeys(args.c):
+        resolved = resolve_configuration(derived, name)
+        parts = check_shares(resolved, args.num_gpus, name)
+        memory = _training(args, derived, name, description, parts[0])
+        print("\n".join(["", *table(name, resolved, args.patch_size, parts, memory)]))
+        trainings.append(memory)
+    for memory in trainings:
+        if args.vram is None:
+            continue
+        if isinstance(memory, str):
+            raise PlansError(f"--vram {args.vram:g}: {memory}; leave out --vram")
+        check_fits(memory, args.vram)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.num_gpus < 1:
+        raise PlansError(f"--num-gpus is {args.num_gpus}; it must be at least 1")
+    if args.vram is not None and not args.vram > 0:
+        raise PlansError(f"--vram is {args.vram:g}; it must be the memory of a GPU in GB, above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SetupError("-device cuda is not available on this machine: leave it out, and memory is estimated")
+
+
+def _check_patches(plans: Plans, derived: Plans, folder: Path) -> None:
+    """Compare every patch that has changed, of heirs and of a cascade's other stage too, with the dataset's images."""
+    path = folder / "dataset_fingerprint.json"
+    if not path.is_file():
+        return
+    fingerprint = json.loads(path.read_text(encoding="utf-8"))
+    for name in derived["configurations"]:
+        before, after = (resolve_configuration(each, name)["patch_size"] for each in (plans, derived))
+        if list(before) != list(after):
+            check_patch(derived, name, fingerprint)
+
+
+def _description(folder: Path, dataset: str) -> dict[str, Any] | None:
+    """The dataset's ``dataset.json``: of the preprocessed data, or else of the raw data."""
+    paths = [folder / "dataset.json"]
+    if nnUNet_raw.is_set():
+        paths.append(Path(str(nnUNet_raw), dataset, "dataset.json"))
+    for path in paths:
+        if path.is_file():
+            description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            # A description without these is refused by whoever needs them; here it only leaves memory unknown.
+            if "labels" in description and {"channel_names", "modality"} & description.keys():
+                return description
+    return None
+
+
+def _training(
+    args: argparse.Namespace, derived: Plans, name: str, description: dict[str, Any] | None, samples: int
+) -> Training | str:
+    """The memory of a configuration's training, or why it is not known."""
+    if description is None:
+        return "there is no dataset.json that says how many channels and labels there are"
+    device = torch.device("cuda") if args.device != "cpu" and torch.cuda.is_available() else None
+    training = Training(Network.of(derived, name, description), samples, device)
+    try:
+        training.memory()
+    except (PlansError, ArchitectureError) as error:
+        return str(error)
+    return training
