@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from nnunet_norm.living import Living
 from nnunet_norm.receptive_field.trace import first_output
 
 CHANNELS_PER_GROUP = 16
@@ -68,7 +66,7 @@ def tile_memory(network: nn.Module, tile: Sequence[int], channels: int, dtype: t
         dtype: of the network's weights.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    living = _Living(on_cpu=device.type == "cpu")
+    living = _LivingInPass(on_cpu=device.type == "cpu")
     try:
         twin = _twin(network)
         with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), living:
@@ -88,39 +86,18 @@ def _twin(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, shared)
 
 
-class _Living(TorchDispatchMode):
-    """Follows the storages of all tensors that operators make, and knows the most bytes that lived at a time."""
+class _LivingInPass(Living):
+    """With what convolutions on a CPU take for their inputs and outputs in groups of channels."""
 
     def __init__(self, *, on_cpu: bool) -> None:
         super().__init__()
-        self.now = self.peak = self.largest = 0
-        self._bytes: dict[int, int] = {}
         self._on_cpu = on_cpu
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(output):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor)
-        at_work = 0
+    def at_work(self, func: Any, args: tuple[Any, ...], output: Any) -> int:
+        """See ``Living``."""
         if self._on_cpu and func.__name__.split(".")[0] in _CONVOLUTIONS:
-            at_work = _in_groups(args[0]) + _in_groups(output)
-        self.peak = max(self.peak, self.now + at_work)
-        return output
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._bytes:
-            self._bytes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.largest = max(self.largest, tensor.nelement())
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._bytes.pop(key)
+            return _in_groups(args[0]) + _in_groups(output)
+        return 0
 
 
 def _in_groups(tensor: Tensor) -> int:
