@@ -19,6 +19,7 @@ COMMANDS = {
     "trainers-dir": "print the folder to export as nnUNet_extTrainer",
     "trainers": "list every trainer name of this package",
     "plan": "derive a new plans file from an existing one",
+    "train": "train with one process per GPU, on one machine or several, and go on after a crash",
     "predict": "predict without seams, as if every image went through the network in one piece",
     "recalibrate": "give a trained model the statistics of other images: a new domain, a batch, a single image",
     "diagnose": "say whether a trained model has a normalization problem, and show why in one report",

@@ -55,3 +55,7 @@ class SubmissionError(NnunetNormError):
 
 class ExperimentalBatchesError(NnunetNormError):
     """A file of experimental batches that is missing, malformed, or does not fit the dataset or the plans."""
+
+
+class LaunchError(NnunetNormError):
+    """A training whose processes cannot be started, find each other, or agree on what to train."""

@@ -33,7 +33,9 @@ class GhostBatchNormTrainer(NormTrainer):
                 f"plans: nnunet_norm.normalization_batch_size is missing, which -tr {type(self).__name__} needs: derive "
                 "plans with nnunet-norm plan --normalization-batch-size N"
             )
-        _require_divisor(size, configuration["batch_size"], "the batch")
+        for samples, what in ((configuration["batch_size"], "the batch"), (settings.micro_batch_size, "a micro-batch")):
+            if samples is not None:
+                _require_divisor(size, samples, what)
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()

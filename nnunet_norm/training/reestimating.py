@@ -27,7 +27,8 @@ class ReestimatingTrainer(NormTrainer):
     def reestimate(self) -> None:
         """Estimate the statistics for the present weights from training patches, augmented as in training.
 
-        The patches come in batches of the training's size, all processes together, and each process draws its share.
+        The patches come in batches of the training's size, all processes together, and each process draws its share; they go
+        through the network as in training.
         """
         samples = self.settings.population_samples or POPULATION_SAMPLES
         batch_size = self.configuration_manager.batch_size  # of all processes
@@ -35,7 +36,11 @@ class ReestimatingTrainer(NormTrainer):
         try:
             with self.autocast():
                 estimate_population_statistics(
-                    *(self.network, self.dataloader_train), num_iters=batches, synchronized=self.is_ddp, progress=False
+                    self.network,
+                    self.in_micro_batches(self.dataloader_train),
+                    num_iters=batches * self.num_micro_batches(self.batch_size),
+                    synchronized=self.is_ddp,
+                    progress=False,
                 )
         except StatisticsError as error:  # a patch that overflows must not take the training with it
             self.print_to_log_file(f"WARNING: running statistics stay as they are, not re-estimated: {error}")
@@ -98,8 +103,6 @@ class FrozenBatchNormTrainer(ReestimatingTrainer):
         Wu and Johnson 2021, arXiv:2105.07576, section 4.3.
     """
 
-    _step_of_epoch = 0
-
     @property
     def freeze_epoch(self) -> int:
         """The first epoch with frozen statistics; the first epoch of all never is."""
@@ -113,6 +116,7 @@ class FrozenBatchNormTrainer(ReestimatingTrainer):
             self._freeze()
         else:  # --val_best after a training
             convert_norm(self.bare_network, "batch_norm", only=lambda norm: isinstance(norm, FrozenBatchNorm))
+            self.fit_norms()
 
     def on_train_epoch_start(self) -> None:
         """Re-estimate and freeze when it is time."""
@@ -125,18 +129,11 @@ class FrozenBatchNormTrainer(ReestimatingTrainer):
                 "this epoch"
             )
         super().on_train_epoch_start()
-        self._step_of_epoch = 0
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step, with a rising learning rate in the first frozen epoch."""
-        if self.current_epoch == self.freeze_epoch:
-            self._step_of_epoch += 1
-            share = self._step_of_epoch / self.num_iterations_per_epoch
-            for group, scheduled in zip(
-                self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
-            ):  # the scheduler sets it anew for the next epoch
-                group["lr"] = scheduled * share
-        return super().train_step(batch)
+    def learning_rate_factor(self, step: int) -> float:
+        """See ``ScaledTrainer``; it rises in the first frozen epoch."""
+        rising = step / self.num_iterations_per_epoch if self.current_epoch == self.freeze_epoch else 1.0
+        return super().learning_rate_factor(step) * rising
 
     def _freeze(self) -> None:
         """Exchange the norms under DDP, torch.compile and optimizer, which keep the very same parameters and buffers."""

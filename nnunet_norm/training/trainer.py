@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_norm.errors import PlansError
 from nnunet_norm.layers import BatchRenorm2d, BatchRenorm3d, convert_norm, find_norms
-from nnunet_norm.receptive_field.trace import unwrapped
 from nnunet_norm.settings import NormSettings
 from nnunet_norm.training import progress
 from nnunet_norm.training.contradictions import named_norm, refuse_contradiction
@@ -26,6 +20,7 @@ from nnunet_norm.training.disparity import (
     measure_disparity,
 )
 from nnunet_norm.training.initial_statistics import InitialStatistics
+from nnunet_norm.training.scaled_trainer import ScaledTrainer
 from nnunet_norm.training.validation import ValidationPredictor, halo_validation
 
 LARGE_DISPARITY = 0.1
@@ -38,7 +33,7 @@ _REMEDIES = {
 }
 
 
-class NormTrainer(nnUNetTrainer):
+class NormTrainer(ScaledTrainer):
     """nnU-Net's trainer with another norm, and with measurements of what the norm does.
 
     Subclasses name the norm; nothing else. The network is built as the plans say and then has its norms exchanged, so any
@@ -57,9 +52,6 @@ class NormTrainer(nnUNetTrainer):
     norm: ClassVar[str | None] = None
     """A name of :data:`nnunet_norm.layers.NORMS`; None for the norm that the plans name."""
 
-    epochs: ClassVar[int | None] = None
-    """Number of epochs if the trainer's name says so."""
-
     validation_predictor: ClassVar[type[ValidationPredictor]] = ValidationPredictor
     """What the final validation predicts and measures with."""
 
@@ -71,18 +63,8 @@ class NormTrainer(nnUNetTrainer):
         dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature, which it reads back
     ) -> None:
-        resolved = PlansManager(plans).get_configuration(configuration).configuration
-        refuse_contradiction(resolved, self.norm, type(self).__name__)
-        settings = NormSettings.from_configuration(resolved)
-        self.refuse(plans, resolved, settings)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings = settings
-        if self.epochs is not None:
-            self.num_epochs = self.epochs
-        for name in ("num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr"):
-            if (value := getattr(settings, name)) is not None:
-                setattr(self, name, value)
-        self.disparity_batches = settings.disparity_batches or default_disparity_batches(
+        self.disparity_batches = self.settings.disparity_batches or default_disparity_batches(
             self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         )
         self.logger.local_logger = progress.NormLogger()
@@ -91,13 +73,9 @@ class NormTrainer(nnUNetTrainer):
         self._was_large = False
 
     def refuse(self, plans: dict[str, Any], configuration: dict[str, Any], settings: NormSettings) -> None:
-        """Refuse, before anything is written, what the trainer cannot be trained with; here nothing.
-
-        Args:
-            plans: As nnU-Net hands them over.
-            configuration: The one to train, inheritance resolved.
-            settings: Its block ``"nnunet_norm"``.
-        """
+        """See ``ScaledTrainer``: plans that name another norm than the trainer does."""
+        super().refuse(plans, configuration, settings)
+        refuse_contradiction(configuration, self.norm, type(self).__name__)
 
     @classmethod
     def build_network_architecture(
@@ -125,38 +103,15 @@ class NormTrainer(nnUNetTrainer):
         return convert_norm(network, cls.norm)
 
     @property
-    def bare_network(self) -> nn.Module:
-        """The network itself, without DDP and torch.compile."""
-        return unwrapped(self.network)
-
-    @property
     def renorms(self) -> list[BatchRenorm2d | BatchRenorm3d]:
         """The network's BatchRenorm layers, each once."""
         return [layer for layer in self.bare_network.modules() if isinstance(layer, (BatchRenorm2d, BatchRenorm3d))]
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of nnU-Net's own steps: half on CUDA, single elsewhere."""
-        return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
-
     def initialize(self) -> None:
         """Build everything, then tell BatchRenorm how many steps are planned."""
-        self._seed(0)
         super().initialize()
         self._register_keys()
         self._plan_schedule()
-
-    def _seed(self, step: int) -> None:
-        """Seed weights and sampling, anew every epoch so that a continued training draws what an uninterrupted one does.
-
-        Workers of the augmentation seed themselves: only without them (``nnUNet_n_proc_DA=0``) sampling and augmentation are
-        seeded too, and a run repeats exactly.
-        """
-        if self.settings.seed is None:
-            return
-        seed = int(np.random.SeedSequence([self.settings.seed, step, self.local_rank]).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - nnU-Net's loaders and transforms draw from the global generators
-        torch.manual_seed(seed)
 
     def _register_keys(self) -> None:
         keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
@@ -194,7 +149,6 @@ class NormTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """Begin the schedule and the running statistics afresh, unless a training is continued."""
-        self._seed(self.current_epoch + 1)
         super().on_train_start()
         if self.current_epoch == 0:
             for layer in self.renorms:
@@ -203,8 +157,7 @@ class NormTrainer(nnUNetTrainer):
             self._initial_statistics = InitialStatistics.of(self.bare_network)
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch and log how far BatchRenorm's limits are open."""
-        self._seed(self.current_epoch + 1)
+        """Log how far BatchRenorm's limits are open."""
         super().on_train_epoch_start()
         if self.renorms:
             r_max, d_max = (limit.item() for limit in self.renorms[0].limits())
@@ -224,12 +177,11 @@ class NormTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step, and on the first batches the same data with the norms in train mode."""
-        # First, because under DDP its forward hands the first process's running statistics to all.
         result = super().validation_step(batch)
         if self._disparity_counts.num_batches < self.disparity_batches:
             self._disparity_counts += measure_disparity(
                 self.bare_network,
-                batch["data"].to(self.device, non_blocking=True),
+                next(self.in_micro_batches([batch])).to(self.device, non_blocking=True),
                 regions=self.label_manager.has_regions,
                 autocast=self.autocast(),
             )
@@ -240,14 +192,6 @@ class NormTrainer(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         disparity = Disparity.of(sum(self.gathered(self._disparity_counts), DisparityCounts()))
         self.log_disparity(disparity)
-
-    def gathered(self, value: Any, group: Any = None) -> list[Any]:
-        """``value`` of every process."""
-        if not self.is_ddp:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=group)
-        return values
 
     def log_disparity(self, disparity: Disparity) -> None:
         """Hand the values to nnU-Net's logger, print them, and warn when they are large."""

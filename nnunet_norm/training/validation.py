@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
@@ -29,6 +28,7 @@ from nnunet_norm.prediction import (
 )
 from nnunet_norm.prediction.memory import anonymous_memory, default_max_memory
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
+from nnunet_norm.training.distributed import patient_barriers
 from nnunet_norm.training.patches import foreground_of, foreground_patches, whole_batches
 from nnunet_norm.training.reporting import mismatch_as_dict, named, none_for_nan
 from nnunet_norm.writing import write_json
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 REPORT = "norm_report.json"
 """Stands in the validation folder, beside nnU-Net's ``summary.json``."""
-
-LONGEST_METRICS = timedelta(days=1)
-"""How long the other processes wait for the one that computes the metrics."""
 
 MEASURED_CASES = 10
 """Validation cases of one process on which disparity and tile mismatch are measured; all cases are predicted."""
@@ -65,7 +62,9 @@ class ValidationPredictor(HaloPredictor):
     def __init__(self, trainer: NormTrainer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.trainer = trainer
-        self._processes = dist.get_world_size() if trainer.is_ddp else 1  # nnU-Net's are all on one machine
+        # On this machine, whose memory they share: torchrun says how many, and nnU-Net's own are all on one.
+        here = os.environ.get("LOCAL_WORLD_SIZE")
+        self._processes = (int(here) if here else dist.get_world_size()) if trainer.is_ddp else 1
         self.plans: list[dict[str, Any]] = []
         self.differences: list[PairDifference] = []
         self.of_tiles: list[PairDifference] = []
@@ -134,18 +133,9 @@ class ValidationPredictor(HaloPredictor):
         regions = self.trainer.label_manager.has_regions
         return [compare_pair(a, b, regions=regions, dtype=self.network_dtype) for a, b in pairs]
 
-    @property
-    def batch_size(self) -> int:
-        """Samples whose statistics normalize one step of the training: of all processes only for synchronized norms."""
-        synchronized = any(
-            isinstance(m, torch.nn.SyncBatchNorm) or getattr(m, "sync", None) == "full"
-            for m in self.bare_network.modules()
-        )
-        return self.configuration_manager.batch_size if synchronized else self.trainer.batch_size
-
     def measure_batches(self) -> None:
         """Measure disparity on whole batches of the tiles collected; on a smaller one only if they fill none."""
-        for batch in whole_batches(self._tiles, self.batch_size, MEASURED_BATCHES):
+        for batch in whole_batches(self._tiles, self.trainer.normalization_batch_size, MEASURED_BATCHES):
             self._measure(batch.to(self.device))
         self._tiles = []
 
@@ -162,7 +152,7 @@ class ValidationPredictor(HaloPredictor):
     def _tiles_of(self, image: Tensor, logits: Tensor) -> list[Tensor]:
         """Patches of one case, as many as a batch could need."""
         foreground = foreground_of(logits, regions=self.trainer.label_manager.has_regions)
-        count = min(self.batch_size, TILES_PER_CASE)
+        count = min(self.trainer.normalization_batch_size, TILES_PER_CASE)
         return foreground_patches(image, foreground, count, self.configuration_manager.patch_size)
 
 
@@ -173,8 +163,6 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
     nnU-Net names its predictor and its export as globals of the trainer's module; both have their place back afterwards.
     """
     predictors: list[ValidationPredictor] = []
-    # Rank 0 alone computes nnU-Net's metrics before the report is gathered, for longer than NCCL would wait.
-    group = dist.new_group(backend="gloo", timeout=LONGEST_METRICS) if trainer.is_ddp else None
     module = import_module(nnUNetTrainer.__module__)
 
     def halo_predictor(**kwargs: Any) -> ValidationPredictor:
@@ -185,11 +173,13 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
         "Validation predicts with nnunet_norm's halo predictor: halo cut away, no Gaussian blending"
     )
     with (
+        # Processes predict different numbers of cases, and the first alone computes nnU-Net's metrics.
+        patient_barriers(trainer) as group,
         patch.object(module, "nnUNetPredictor", halo_predictor),
         patch.object(module, "export_prediction_from_logits", export_prediction_atomically),
     ):
         yield
-    report = _gathered_report(trainer, predictors[0], group)
+        report = _gathered_report(trainer, predictors[0], group)
     if trainer.local_rank == 0:
         write_json(Path(trainer.output_folder) / "validation" / REPORT, report, indent=2)
         _log(trainer, report)
