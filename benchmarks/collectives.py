@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from disparity import network as unet
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from reporting import command, machine, spread, table, versions
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -47,7 +47,17 @@ WARM_UP = 3
 
 def network(name: str, args: argparse.Namespace) -> nn.Module:
     """A plain U-Net as nnU-Net builds them, its BatchRenorm in the middle of its schedule."""
-    net = unet("batch_norm", args.stages, args.features)
+    torch.manual_seed(0)
+    stages = args.stages
+    widths = [min(args.features * 2**i, 320) for i in range(stages)]
+    net = PlainConvUNet(
+        *(1, stages, widths, nn.Conv3d, 3, [1] + [2] * (stages - 1), 2, 3, 2),
+        conv_bias=True,
+        norm_op=nn.BatchNorm3d,
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+    )
     if name == "sync_batch_norm":
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net if name == "batch_norm" else convert_norm(net, "batch_renorm", sync=name, warmup_steps=0, ramp_steps=0)

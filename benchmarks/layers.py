@@ -1,13 +1,12 @@
 """What BatchRenorm costs: forward and backward of each norm, on the feature maps of a stock 3d_fullres network.
 
-    python benchmarks/layers.py [--device cuda] [--what layers blocks step] [--mode eager compiled]
+    python benchmarks/layers.py [--device cuda] [--what layers blocks] [--mode eager compiled]
                                 [--precision fp32 autocast] [--rounds 10] [--patch 32 64 64] [--out FOLDER]
 
 ``layers``: the norm alone, summed over all norms of the network. ``blocks``: convolution, norm and LeakyReLU, as the network
-has them. ``step``: a training step of nnU-Net's own trainer with its network, loss, clipping and optimizer, in the precision
-in which nnU-Net trains on that device; nnU-Net compiles on CUDA only. Input shapes are those of the 3d_fullres configuration
-of ``tests/stock_plans/nnUNetPlans.json``, or of a smaller ``--patch``; maps that several norms are given are measured once
-and counted as often.
+has them. (Whole training steps: ``training.py``.) Input shapes are those of the 3d_fullres configuration of
+``tests/stock_plans/nnUNetPlans.json``, or of a smaller ``--patch``; maps that several norms are given are measured once and
+counted as often.
 
 All contenders run in one process on the same inputs, in another order for each map and round, so that a machine that
 changes its speed changes all; ratios are taken within a round. Results are added to FOLDER/layers_DEVICE.json and .md: an
@@ -36,13 +35,12 @@ from layers_contenders import (
 )
 from layers_measure import MEASURED_AS, Pass, half, repeats_of, seconds
 from layers_report import markdown
-from layers_step import TRAINERS, Step, trainers
 from reporting import command, machine, versions
 
 from nnunet_norm.writing import write_json, written_beside
 
 SMALL_PATCH = [32, 64, 64]
-"""For blocks and steps on the CPU, where a step with the plans' own patch takes a minute."""
+"""For blocks on the CPU, whose convolutions take minutes with the plans' own patch."""
 
 
 def measure(actions: dict[str, list[Any]], counts: list[int], args: argparse.Namespace) -> dict[str, Any]:
@@ -108,43 +106,23 @@ def tensors_for(of: FeatureMap, precision: str, device: str) -> tuple[torch.Tens
     return x.to(device, dtype).requires_grad_(), grad.to(device)
 
 
-def steps(mode: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Training steps of nnU-Net's trainer with each norm."""
-    plans = stock_plans(args.patch or (SMALL_PATCH if args.device == "cpu" else None), args.batch)
-    torch.backends.cudnn.benchmark = args.device == "cuda"  # as nnUNetv2_train does
-    with trainers([n for n in TRAINERS if n in args.contenders], mode, plans, args.classes, args.device) as made:
-        print("  warming up", flush=True)
-        actions = {name: [Step(trainer, args.classes)] for name, trainer in made.items()}
-        found = measure(actions, [1], args)
-    made = plans["configurations"][CONFIGURATION]
-    return {"patch": made["patch_size"], "batch": made["batch_size"], "maps": [{"count": 1}]} | found
-
-
 def experiments(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
     """What is to be run, by name."""
-    found = {}
-    for what, mode, precision in itertools.product(args.what, args.mode, args.precision):
-        if what == "step":
-            precision = "autocast" if args.device == "cuda" else "fp32"
-            if mode == "compiled" and args.device == "cpu":
-                print("step, compiled: nnU-Net does not compile on the CPU", flush=True)
-                continue
-        found[f"{what}, {mode}, {precision}"] = (what, mode, precision)
-    return found
+    every = itertools.product(args.what, args.mode, args.precision)
+    return {", ".join(one): one for one in every}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--what", nargs="+", choices=["layers", "blocks", "step"], default=["layers"])
+    parser.add_argument("--what", nargs="+", choices=["layers", "blocks"], default=["layers"])
     parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "autocast"], default=["fp32"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--layers", type=int, metavar="N", help="only the N largest of the different feature maps")
-    parser.add_argument("--patch", type=int, nargs=3, help="instead of the plans'; CPU blocks and steps: 32 64 64")
+    parser.add_argument("--patch", type=int, nargs=3, help="instead of the plans'; CPU blocks: 32 64 64")
     parser.add_argument("--batch", type=int, help="instead of the plans'")
-    parser.add_argument("--classes", type=int, default=14, help="labels of the training step, background included")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--note", default="", help="what else is to be said, such as what else the machine did")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -161,7 +139,7 @@ def main() -> None:
     for name, (what, mode, precision) in experiments(args).items():
         print(name, flush=True)
         start, load = time.perf_counter(), os.getloadavg()[0]
-        found = steps(mode, args) if what == "step" else layers_or_blocks(what, mode, precision, args)
+        found = layers_or_blocks(what, mode, precision, args)
         about = {
             "what": what,
             "mode": mode,

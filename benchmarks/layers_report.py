@@ -6,22 +6,20 @@ from statistics import median
 from typing import Any
 
 from layers_contenders import CONTENDERS
-from layers_step import TRAINERS
 from reporting import amount, spread, table
 
-TITLES = {name: title for name, (title, *_) in (CONTENDERS | TRAINERS).items()}
-BASELINE = {"layers": "batch_norm", "blocks": "batch_norm", "step": "instance_norm"}
-"""What the bar of each is a ratio to."""
+TITLES = {name: title for name, (title, *_) in CONTENDERS.items()}
+BASELINE = "batch_norm"
+"""What all are ratios to."""
 
-EAGER_LAYER, COMPILED_LAYER, STEP, MEMORY = 1.15, 1.05, 1.05, 1.02
-"""Bars, at most: seconds of BatchRenorm over those of BatchNorm (eager on the CPU; compiled), of a training step with it
-over one with InstanceNorm, and its peak memory over BatchNorm's."""
+EAGER_LAYER, COMPILED_LAYER, MEMORY = 1.15, 1.05, 1.02
+"""Bars, at most: seconds of BatchRenorm over those of BatchNorm (eager on the CPU; compiled), and its peak memory."""
 
 NOTES = """\
 - Seconds: of a forward and a backward pass, added up over all norms of the network. Ratios are taken within a round, between
   these sums; shown are their median and range over the rounds.
 - Peak: bytes above inputs and parameters while forward and backward run; held: those between the two, output and what is kept
-  for the backward pass. Both added up over the norms. For a step, bytes above parameters, momentum and batch.
+  for the backward pass. Both added up over the norms.
 - Error: the largest difference of output and gradients, on the smallest map in single precision, from the same formula in
   double precision, over the largest value of each.
 - The explicit formula updates its running statistics in the graph that reads them: compiled, its gradients may be wrong.
@@ -56,21 +54,20 @@ def over(experiment: dict[str, Any], name: str, base: str, key: str) -> float | 
 
 def rows(experiment: dict[str, Any]) -> list[list[str]]:
     """One row per contender."""
-    base = BASELINE[experiment["what"]]
-    step = experiment["what"] == "step"
+    base = BASELINE
     head = ["", "seconds", f"over {TITLES[base]}", "peak", f"peak over {TITLES[base]}"]
-    found = [head if step else [*head, f"held over {TITLES[base]}", "error"]]
+    found = [[*head, f"held over {TITLES[base]}", "error"]]
     for name in experiment["contenders"]:
         peak, held = (over(experiment, name, base, key) for key in ("peak", "held"))
         cells = [TITLES[name], spread(sums(experiment, name)), spread(ratios(experiment, name, base), "x")]
         cells += [amount(total(experiment, name, "peak")), f"{peak:.3f}x"]
-        found.append(cells if step else [*cells, f"{held:.3f}x", f"{experiment['errors'][name]:.1e}"])
+        found.append([*cells, f"{held:.3f}x", f"{experiment['errors'][name]:.1e}"])
     return found
 
 
 def per_map(experiment: dict[str, Any]) -> list[list[str]]:
     """Ratios of seconds map by map: where a sum comes from."""
-    base = BASELINE[experiment["what"]]
+    base = BASELINE
     others = [name for name in experiment["contenders"] if name != base]
     found = [["input of the norm", "norms", f"ms, {TITLES[base]}", *[TITLES[name] for name in others]]]
     for number, of in enumerate(experiment["maps"]):
@@ -85,7 +82,7 @@ def bars(result: dict[str, Any]) -> list[list[str]]:
     """Experiment, what, the bar, what was seen, and the verdict, for BatchRenorm."""
     found = [["experiment", "BatchRenorm", "bar", "measured", ""]]
     for title, experiment in result["experiments"].items():
-        what, base = experiment["what"], BASELINE[experiment["what"]]
+        what, base = experiment["what"], BASELINE
         present = experiment["contenders"]
         names = [n for n in ("batch_renorm", "batch_renorm_warmup") if n in present and base in present]
         for name in names:
@@ -99,8 +96,6 @@ def bars(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _time_bar(device: str, what: str, mode: str) -> float | None:
-    if what == "step":
-        return STEP
     if what == "blocks":
         return None
     if mode == "compiled":
@@ -119,9 +114,13 @@ def markdown(result: dict[str, Any]) -> str:
     device = {"cpu": "CPU", "cuda": "CUDA"}[result["device"]]
     parts = [f"# Norms of a stock 3d_fullres network, forward and backward, {device}", "## Bars", table(bars(result))]
     for title, experiment in result["experiments"].items():
-        parts += [f"## {title}", f"`{experiment['command']}`", _about(experiment), table(rows(experiment))]
-        if experiment["what"] != "step":
-            parts.append(table(per_map(experiment)))
+        parts += [
+            f"## {title}",
+            f"`{experiment['command']}`",
+            _about(experiment),
+            table(rows(experiment)),
+            table(per_map(experiment)),
+        ]
     parts.append(NOTES + f"- Memory is measured by {result['memory_measured_as']}.")
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -129,8 +128,7 @@ def markdown(result: dict[str, Any]) -> str:
 def _about(experiment: dict[str, Any]) -> str:
     patch = " x ".join(map(str, experiment["patch"]))
     norms = sum(of["count"] for of in experiment["maps"])
-    which = "one training step" if experiment["what"] == "step" else f"{norms} norms"
-    words = f"{which}, patch {patch}, batch {experiment['batch']}; {experiment['rounds']} rounds; "
+    words = f"{norms} norms, patch {patch}, batch {experiment['batch']}; {experiment['rounds']} rounds; "
     words += f"{experiment['threads']} threads."
     if experiment["load"] > experiment["threads"] + 1:
         words += f" Other programs ran at the same time: load average up to {experiment['load']:.1f}."

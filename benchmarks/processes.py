@@ -1,0 +1,177 @@
+"""One process and two at the same batch: loss and Dice, epoch by epoch, of BatchRenorm trained with DDP.
+
+    python benchmarks/processes.py --data IMAGES --work FOLDER [--epochs 20] [--iterations 50] [--seeds 0 1]
+
+IMAGES holds ``hippocampus_msd04``. nnU-Net preprocesses it, and ``nnunet-norm train`` trains the same small 3d network in
+one process and in two (gloo, on the CPU, one thread each), with the same number of samples per optimizer step over all
+processes, through the final validation. With two processes each normalizes its own half of the batch, and r and d refer to
+running statistics of both halves. Trainings of a seed begin with the same weights and draw other patches: curves are to be
+compared with the spread of seeds, not point by point.
+
+Everything in FOLDER is kept: started again, the benchmark goes on where it was. Results: OUT/processes.json, .md and .png.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import torch
+from reporting import command, machine, spread, table, versions
+from trainings import Training
+from whole_image_statistics_data import DATASETS, cases_of, make_raw, prepare, program
+
+from nnunet_norm.demo.steps import continue_flag
+from nnunet_norm.writing import write_json, written_beside
+
+DATASET = DATASETS["hippocampus"]
+TRAINER = "nnUNetTrainerBRN"
+COLORS = {1: "tab:blue", 2: "tab:orange"}
+CURVES = {"train_losses": "training loss", "val_losses": "validation loss", "mean_fg_dice": "pseudo Dice"}
+
+
+@dataclass(frozen=True)
+class Processes(Training):
+    """A training in ``number`` processes."""
+
+    number: int = 1
+
+    def run(self) -> None:
+        """``nnunet-norm train`` on as many cores, or nothing if that was done before."""
+        if self.is_done:
+            print(f"{self.title}: trained before", flush=True)
+            return
+        run = program(self.work, f"{self.trainer_name}__{self.plans}.log", partial(self._follow, time.perf_counter()))
+        what = (self.dataset.number, self.dataset.configuration, "0", "-tr", self.trainer_name, "-p", self.plans)
+        run("nnunet-norm", "train", *what, "-device", "cpu", "-num_gpus", str(self.number), *continue_flag(self.fold))
+
+
+def training(number: int, seed: int, args: argparse.Namespace) -> Processes:
+    """The training of ``number`` processes and a seed."""
+    plans = f"processes{number}_b{args.batch}_f{args.features}_{args.iterations}it_seed{seed}"
+    length = ["--iterations-per-epoch", args.iterations, "--val-iterations-per-epoch", max(args.iterations // 10, 1)]
+    sizes = ["--base-features", args.features, "--batch-size", args.batch, "--num-stages", "3"]
+    changes = tuple(map(str, [*sizes, *length, "--seed", seed]))
+    title = f"{number} process{'es' * (number > 1)}, seed {seed}"
+    return Processes(title, DATASET, TRAINER, args.epochs, plans, changes, args.work, number)
+
+
+def result_of(run: Processes, seed: int) -> dict[str, Any]:
+    """Curves and final figures of a finished training."""
+    log = torch.load(run.checkpoint, map_location="cpu", weights_only=False)["logging"]
+    summary = json.loads((run.fold / "validation" / "summary.json").read_text())
+    report = json.loads((run.fold / "validation" / "norm_report.json").read_text())
+    seconds = [e - s for s, e in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)]
+    return {
+        "processes": run.number,
+        "seed": seed,
+        "dice": summary["foreground_mean"]["Dice"],
+        "disparity": report["train_eval_disparity"]["mean"],
+        "cases": report["num_cases"],
+        "seconds_per_epoch": median(seconds),
+        "curves": {key: [float(value) for value in log[key]] for key in CURVES},
+    }
+
+
+def draw(results: list[dict[str, Any]]) -> plt.Figure:
+    """A panel per curve; seeds of one number of processes share a colour."""
+    fig, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.8), layout="constrained")
+    for axis, (key, label) in zip(axes, CURVES.items(), strict=True):
+        for result in results:
+            number = result["processes"]
+            first = result["seed"] == results[0]["seed"]
+            name = f"{number} process{'es' * (number > 1)}" if first else None
+            axis.plot(result["curves"][key], color=COLORS[number], label=name, linewidth=1.2)
+        axis.set(xlabel="epoch", ylabel=label)
+    axes[0].legend()
+    fig.suptitle(
+        "BatchRenorm on hippocampus MRI: one process and two (DDP, gloo), same batch; a line per seed", fontsize=10
+    )
+    return fig
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The report."""
+    rows = [["processes", "Dice of the final validation", "disparity", "last training loss", "seconds per epoch"]]
+    for number in sorted({result["processes"] for result in found["results"]}):
+        of = [result for result in found["results"] if result["processes"] == number]
+        losses = [mean(result["curves"]["train_losses"][-3:]) for result in of]
+        keys = ("dice", "disparity")
+        values = [spread([result[key] for result in of]) for key in keys]
+        seconds = spread([result["seconds_per_epoch"] for result in of])
+        rows.append([str(number), *values, spread(losses), seconds])
+    about = found["arguments"]
+    return "\n".join(
+        [
+            "# One process and two at the same batch",
+            "",
+            f"`{found['command']}`, {len(about['seeds'])} seeds: median (least to most). Batch {about['batch']} over all "
+            f"processes, {about['epochs']} epochs of {about['iterations']} iterations, {TRAINER}. "
+            f"{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['versions']['torch']}; "
+            "one thread per process.",
+            "",
+            table(rows),
+            "",
+            "![Training loss, validation loss and pseudo Dice by epoch](processes.png)",
+            "",
+            "*Curves of one process and of two with half the batch each. The training loss is the mean over processes.*",
+            "",
+        ]
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(__file__).parents[2] / "shared" / "data"
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=50, help="per epoch")
+    parser.add_argument("--batch", type=int, default=4, help="over all processes")
+    parser.add_argument("--features", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    args = parser.parse_args()
+    if not (args.data / "hippocampus_msd04").is_dir():
+        parser.error(f"--data {args.data} holds no hippocampus_msd04; give another folder, or set NNUNET_NORM_DATA")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(DATASET, args.work, lambda folder: make_raw(DATASET, cases_of("hippocampus", args.data), folder))
+    results = []
+    for seed in args.seeds:
+        for number in COLORS:
+            run = training(number, seed, args)
+            run.make_plans()
+            run.run()
+            results.append(result_of(run, seed))
+    found = {
+        "command": command("processes.py", sys.argv[1:], ("--data", "--work", "--out")),
+        "machine": machine("cpu"),
+        "versions": versions(),
+        "arguments": {key: getattr(args, key) for key in ("epochs", "iterations", "batch", "features", "seeds")},
+        "results": results,
+    }
+    write_json(args.out / "processes.json", found)
+    mpl.use("Agg")
+    with written_beside(args.out / "processes.png") as beside:
+        draw(results).savefig(beside, dpi=110)
+    with written_beside(args.out / "processes.md") as beside:
+        beside.write_text(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
