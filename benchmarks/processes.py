@@ -1,6 +1,6 @@
 """One process and two at the same batch: loss and Dice, epoch by epoch, of BatchRenorm trained with DDP.
 
-    python benchmarks/processes.py --data IMAGES --work FOLDER [--epochs 20] [--iterations 50] [--seeds 0 1]
+    python benchmarks/processes.py --data IMAGES --work FOLDER [--epochs 20] [--iterations 40] [--seeds 0 1]
 
 IMAGES holds ``hippocampus_msd04``. nnU-Net preprocesses it, and ``nnunet-norm train`` trains the same small 3d network in
 one process and in two (gloo, on the CPU, one thread each), with the same number of samples per optimizer step over all
@@ -56,9 +56,19 @@ class Processes(Training):
 
 def training(number: int, seed: int, args: argparse.Namespace) -> Processes:
     """The training of ``number`` processes and a seed."""
-    plans = f"processes{number}_b{args.batch}_f{args.features}_{args.iterations}it_seed{seed}"
+    patch = "x".join(map(str, args.patch))
+    plans = f"processes{number}_b{args.batch}_f{args.features}_{args.iterations}it_p{patch}_seed{seed}"
     length = ["--iterations-per-epoch", args.iterations, "--val-iterations-per-epoch", max(args.iterations // 10, 1)]
-    sizes = ["--base-features", args.features, "--batch-size", args.batch, "--num-stages", "3"]
+    sizes = [
+        "--base-features",
+        args.features,
+        "--batch-size",
+        args.batch,
+        "--num-stages",
+        "3",
+        "--patch-size",
+        *args.patch,
+    ]
     changes = tuple(map(str, [*sizes, *length, "--seed", seed]))
     title = f"{number} process{'es' * (number > 1)}, seed {seed}"
     return Processes(title, DATASET, TRAINER, args.epochs, plans, changes, args.work, number)
@@ -105,16 +115,17 @@ def markdown(found: dict[str, Any]) -> str:
         of = [result for result in found["results"] if result["processes"] == number]
         losses = [mean(result["curves"]["train_losses"][-3:]) for result in of]
         keys = ("dice", "disparity")
-        values = [spread([result[key] for result in of]) for key in keys]
+        values = [spread([result[key] for result in of if result[key] is not None]) for key in keys]
         seconds = spread([result["seconds_per_epoch"] for result in of])
         rows.append([str(number), *values, spread(losses), seconds])
     about = found["arguments"]
+    patch = "x".join(map(str, about["patch"]))
     return "\n".join(
         [
             "# One process and two at the same batch",
             "",
             f"`{found['command']}`, {len(about['seeds'])} seeds: median (least to most). Batch {about['batch']} over all "
-            f"processes, {about['epochs']} epochs of {about['iterations']} iterations, {TRAINER}. "
+            f"processes, patch {patch}, {about['epochs']} epochs of {about['iterations']} iterations, {TRAINER}. "
             f"{found['machine']['cpu']}, {found['machine']['cores']} cores, torch {found['versions']['torch']}; "
             "one thread per process.",
             "",
@@ -135,9 +146,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=50, help="per epoch")
+    parser.add_argument("--iterations", type=int, default=40, help="per epoch")
     parser.add_argument("--batch", type=int, default=4, help="over all processes")
     parser.add_argument("--features", type=int, default=8)
+    parser.add_argument("--patch", type=int, nargs=3, default=[32, 32, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args = parser.parse_args()
     if not (args.data / "hippocampus_msd04").is_dir():
@@ -162,7 +174,9 @@ def main() -> None:
         "command": command("processes.py", sys.argv[1:], ("--data", "--work", "--out")),
         "machine": machine("cpu"),
         "versions": versions(),
-        "arguments": {key: getattr(args, key) for key in ("epochs", "iterations", "batch", "features", "seeds")},
+        "arguments": {
+            key: getattr(args, key) for key in ("epochs", "iterations", "batch", "features", "patch", "seeds")
+        },
         "results": results,
     }
     write_json(args.out / "processes.json", found)

@@ -41,7 +41,7 @@ AVERAGES_PER_TRAINING = 60
 _COUNTS = (
     *("num_iterations_per_epoch", "num_val_iterations_per_epoch", "disparity_batches"),
     *("population_samples", "reestimate_every", "normalization_batch_size"),
-    *("micro_batch_size", "warmup_epochs"),
+    "micro_batch_size",
 )
 
 
@@ -210,6 +210,8 @@ class NormSettings:
         for key in _COUNTS:
             if getattr(self, key) is not None:
                 _require_integer(key, getattr(self, key), 1)
+        if self.warmup_epochs is not None:
+            _require_integer("warmup_epochs", self.warmup_epochs, 0)
         if self.seed is not None:
             _require_integer("seed", self.seed, 0, LARGEST_SEED)
         if self.initial_lr is not None:

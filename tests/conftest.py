@@ -3,7 +3,12 @@
 import os
 import stat
 
+import hypothesis
 import pytest
+
+# No test asserts a time, and a busy machine takes its own.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # At import, because nnU-Net reads its variables once, when it is first imported.
 for _variable in [name for name in os.environ if name.startswith("nnUNet_")]:

@@ -19,6 +19,8 @@ def address_of(endpoint: str, default_port: int) -> tuple[str, int]:
     Raises:
         LaunchError: If the port is none, or the host is not known.
     """
+    if endpoint.count(":") > 1:
+        raise LaunchError(f"--rdzv-endpoint {endpoint}: give HOST:PORT with a host name, or an IPv4 address")
     host, _, port = endpoint.partition(":")
     if port and not (port.isdecimal() and 0 < int(port) < 2**16):
         raise LaunchError(f"--rdzv-endpoint {endpoint}: the port must be a number from 1 to 65535")

@@ -5,7 +5,7 @@
 
 The strides are kept and an indivisible patch is enlarged to fit them; --replan-topology recomputes them as nnU-Net would.
 Every stage of a cascade is derived together: batch and patch for the configuration that is named, all else for both.
-A table says before anything is written what a step takes: memory is nnU-Net's own estimate, or measured where a GPU is.
+A table says before anything is written what a step takes: memory is estimated, or measured where a GPU is.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from nnunet_norm.experimental_batches import (
     untrained_batches,
 )
 from nnunet_norm.planning import cascade, derive_plans, load_plans, resolve_configuration, save_plans
-from nnunet_norm.planning.configurations import Plans
+from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.planning.configurations import Configuration, Plans
 from nnunet_norm.planning.options import given
 
 TRAINERS = {
@@ -191,12 +192,26 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
 def _next_commands(dataset: str, derived: Plans, args: argparse.Namespace, trainers: list[str]) -> list[str]:
     """The export line and the trainings of each configuration; a cascade needs all folds of a stage before the next one."""
     commands = ['export nnUNet_extTrainer="$(nnunet-norm trainers-dir)"']
-    gpus = f" -num_gpus {args.num_gpus}" if args.num_gpus > 1 else ""
     for name in dict.fromkeys(stage for configuration in args.c for stage in cascade(derived, configuration)):
-        lines = [
-            f"nnUNetv2_train {dataset} {name} 0 -p {derived['plans_name']} -tr {trainer}{gpus}" for trainer in trainers
+        resolved = resolve_configuration(derived, name)
+        gpus = f" -num_gpus {args.num_gpus}" if args.num_gpus > 1 else ""
+        comments = []
+        if gpus and not _can_be_shared(resolved, args.num_gpus, name):
+            gpus = ""
+            comments.append(f"on one GPU: {args.num_gpus} cannot share its batch")
+        if resolved.get("next_stage"):
+            comments.append("and folds 1 to 4, before the next stage")
+        comment = f"    # {'; '.join(comments)}" if comments else ""
+        commands += [
+            f"nnUNetv2_train {dataset} {name} 0 -p {derived['plans_name']} -tr {trainer}{gpus}{comment}"
+            for trainer in trainers
         ]
-        if resolve_configuration(derived, name).get("next_stage"):
-            lines = [f"{line}    # and folds 1 to 4, before the next stage" for line in lines]
-        commands += lines
     return commands
+
+
+def _can_be_shared(resolved: Configuration, num_gpus: int, name: str) -> bool:
+    try:
+        check_shares(resolved, num_gpus, name)
+    except PlansError:
+        return False
+    return True

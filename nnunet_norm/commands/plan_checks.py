@@ -12,14 +12,18 @@ from nnunet_norm.commands.plan_table import table
 from nnunet_norm.errors import ArchitectureError, PlansError, SetupError
 from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.planning.batches import check_shares
-from nnunet_norm.planning.configurations import Plans
+from nnunet_norm.planning.configurations import Configuration, Plans, heirs
 from nnunet_norm.planning.fitting import Training, check_fits
 from nnunet_norm.planning.images import check_patch
 from nnunet_norm.planning.memory import Network
+from nnunet_norm.planning.schedule import EPOCHS, Schedule
 
 
 def check_training(args: argparse.Namespace, plans: Plans, derived: Plans, folder: Path, dataset: str) -> None:
-    """Print a table for each configuration that is named, and refuse what cannot be trained as asked.
+    """Print a table for each configuration that is named or changed, and refuse what cannot be trained as asked.
+
+    One that follows a named one, as an heir or as a stage of its cascade, may have a batch that the GPUs cannot share: it is
+    warned of, and its figures are those of one GPU.
 
     Args:
         args: of the command.
@@ -29,7 +33,8 @@ def check_training(args: argparse.Namespace, plans: Plans, derived: Plans, folde
         dataset: its name.
 
     Raises:
-        PlansError: a patch larger than every image, more GPUs than samples, or more memory than ``--vram``.
+        PlansError: a patch larger than every image, a named configuration whose batch the GPUs cannot share, or more memory
+            than ``--vram``.
         SetupError: ``--vram`` without the dataset's description, or ``-device cuda`` without a GPU.
     """
     _check_flags(args)
@@ -41,18 +46,58 @@ def check_training(args: argparse.Namespace, plans: Plans, derived: Plans, folde
             "and labels there are; run nnUNetv2_plan_experiment"
         )
     trainings = []
-    for name in dict.fromkeys(args.c):
+    for name in [*dict.fromkeys(args.c), *_following(args, plans, derived)]:
         resolved = resolve_configuration(derived, name)
-        parts = check_shares(resolved, args.num_gpus, name)
+        parts = _parts(resolved, name, args)
         memory = _training(args, derived, name, description, parts[0])
-        print("\n".join(["", *table(name, resolved, args.patch_size, parts, memory)]))
-        trainings.append(memory)
-    for memory in trainings:
-        if args.vram is None:
-            continue
-        if isinstance(memory, str):
-            raise PlansError(f"--vram {args.vram:g}: {memory}; leave out --vram")
+        asked_patch = args.patch_size if name in args.c else None
+        print("\n".join(["", *table(name, resolved, asked_patch, parts, memory)]))
+        _warn_of_warmup(resolved, name)
+        trainings.append((name, memory))
+    for name, memory in trainings:
+        if args.vram is not None:
+            _check_memory(args, derived, name, memory)
+
+
+def _parts(resolved: Configuration, name: str, args: argparse.Namespace) -> list[int]:
+    """Samples per process of a training; those of one process, and a warning, where another one's batch cannot be shared."""
+    try:
+        return check_shares(resolved, args.num_gpus, name)
+    except PlansError as error:
+        if name in args.c:
+            raise
+        print(f"\nWARNING: {error}")
+        return [resolved["batch_size"]]
+
+
+def _following(args: argparse.Namespace, plans: Plans, derived: Plans) -> list[str]:
+    """Configurations that are not named and have changed, by what they say or inherit."""
+    return [
+        name
+        for name in derived["configurations"]
+        if name not in args.c and resolve_configuration(plans, name) != resolve_configuration(derived, name)
+    ]
+
+
+def _warn_of_warmup(resolved: Configuration, name: str) -> None:
+    epochs = Schedule.of(resolved).warmup_epochs
+    if epochs >= EPOCHS:
+        print(
+            f"WARNING: configuration {name}: warmup_epochs is {epochs}, and nnU-Net trains {EPOCHS} epochs: the learning "
+            "rate never gets to the end of its rise; give fewer --warmup-epochs, or more epochs in the trainer's name"
+        )
+
+
+def _check_memory(args: argparse.Namespace, derived: Plans, name: str, memory: Training | str) -> None:
+    if isinstance(memory, str):
+        raise PlansError(f"--vram {args.vram:g}: {memory}; leave out --vram")
+    try:
         check_fits(memory, args.vram)
+    except PlansError as error:
+        if name in args.c or any(name in heirs(derived, named) for named in args.c):
+            raise
+        # Batch and memory of a cascade's other stage are its own: flags act on it only where it is named.
+        raise PlansError(f"{error}; name {name} in -c too, where these flags are to act") from error
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -68,13 +68,17 @@ def _add_training(changes: argparse._ArgumentGroup) -> None:
     changes.add_argument("--iterations-per-epoch", type=int, metavar="N", help="optimizer steps per epoch")
     changes.add_argument("--val-iterations-per-epoch", type=int, metavar="N", help="validation batches per epoch")
     changes.add_argument(
-        "--keep-samples", action="store_true", help="iterations by old/new batch size, so that as many samples are seen"
+        "--keep-samples",
+        action="store_true",
+        help="iterations, of validation too, by old/new batch size: as many samples are seen",
     )
     changes.add_argument(
         "--lr", "--initial-lr", dest="initial_lr", type=float, metavar="F", help="learning rate at the start"
     )
     changes.add_argument("--lr-scaling", choices=LR_SCALINGS, help="instead, what it had, scaled with the batch size")
-    changes.add_argument("--warmup-epochs", type=int, metavar="N", help="epochs over which the learning rate rises")
+    changes.add_argument(
+        "--warmup-epochs", type=int, metavar="N", help="epochs over which the learning rate rises; 0: none"
+    )
     changes.add_argument(
         "--checkpoint-minutes", type=float, metavar="F", help="between checkpoints; 0: one each epoch (default: 10)"
     )

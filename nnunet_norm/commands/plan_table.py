@@ -71,14 +71,15 @@ def _memory(memory: Training | str) -> str:
     text = f"{memory.gigabytes:.1f} GB with {counted(memory.at_once, 'sample')} at once"
     if memory.checkpointed:
         text += ", activations computed again"
-    return f"{text} ({memory.memory().source})"
+    return f"{text} ({memory.source})"
 
 
 def _steps(schedule: Schedule) -> str:
     steps = schedule.iterations_per_epoch * EPOCHS
+    validation = counted(schedule.val_iterations_per_epoch, "validation step")
     return (
-        f"{schedule.iterations_per_epoch} x {EPOCHS} epochs = {steps:,}, with {steps * schedule.batch_size:,} samples "
-        "(other epochs: _<N>epochs in the trainer's name)"
+        f"{schedule.iterations_per_epoch} x {EPOCHS} epochs = {steps:,}, with {steps * schedule.batch_size:,} samples; "
+        f"{validation} per epoch (other epochs: _<N>epochs in the trainer's name)"
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from importlib.resources import files
 
@@ -33,7 +34,7 @@ from nnunet_norm.training.preflight import check_flags, check_machine, what_is_t
 PORT = 29400
 """torchrun's own, where the endpoint names none."""
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """On which torchrun ends its processes with it; SLURM and submitit send the last two, which would orphan them."""
 
 REFUSED, FAILED = 2, 1
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     what_is_trained(args, args.num_gpus * args.nnodes)
     _set_environment(args)
     command = [*where, "--nproc-per-node", str(args.num_gpus), "--max-restarts", str(args.max_restarts)]
-    command += ["--signals-to-handle", SIGNALS, "-m", "nnunet_norm.training.launch", *_training_arguments(args)]
+    command += ["--signals-to-handle", _signals(), "-m", "nnunet_norm.training.launch", *_training_arguments(args)]
     try:
         torchrun.main(command)
     except ChildFailedError as error:
@@ -97,6 +98,11 @@ def run(args: argparse.Namespace) -> None:
             f"--rdzv-endpoint {args.rdzv_endpoint}: the machines did not meet ({' '.join(str(error).split())}): start the "
             "same command on all, and see that they reach machine 0 at this port"
         ) from error
+
+
+def _signals() -> str:
+    """Those of :data:`SIGNALS` that are not ignored here: nohup has the end of a session ignored."""
+    return ",".join(name for name in SIGNALS if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN)
 
 
 def _machines(args: argparse.Namespace) -> list[str]:

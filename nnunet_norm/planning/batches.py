@@ -1,5 +1,7 @@
 """The batch in parts: shares of processes, micro-batches, and samples that are normalized together."""
 
+import math
+
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.configurations import Configuration
 from nnunet_norm.settings import NormSettings
@@ -46,14 +48,16 @@ def check_shares(resolved: Configuration, processes: int, name: str) -> list[int
     """The :func:`shares` of a configuration.
 
     Raises:
-        PlansError: fewer samples than processes; a share that ``normalization_batch_size`` does not divide; or unequal shares
-            with ``batch_dice``, for which nnU-Net gathers a row per sample, equally many from all processes.
+        PlansError: fewer samples than processes; a share that ``normalization_batch_size`` does not divide; unequal shares
+            with ``batch_dice``, for which nnU-Net gathers a row per sample, equally many from all processes; or shares of
+            unequally many micro-batches with ``sync="full"``, whose norms exchange statistics in every one of them.
     """
     try:
         parts = shares(resolved["batch_size"], processes)
     except PlansError as error:
         raise PlansError(f"configuration {name}: {error}") from error
-    together = NormSettings.from_configuration(resolved).normalization_batch_size or 1
+    settings = NormSettings.from_configuration(resolved)
+    together = settings.normalization_batch_size or 1
     sizes = " or ".join(map(str, sorted(set(parts))))
     batch_size = resolved["batch_size"]
     given = f"configuration {name}: num_gpus is {processes} and batch_size {batch_size}: shares of {sizes} samples"
@@ -65,5 +69,13 @@ def check_shares(resolved: Configuration, processes: int, name: str) -> list[int
     if resolved.get("batch_dice") and len(set(parts)) > 1:
         raise PlansError(
             f"{given}, and batch_dice needs equal ones; give batch_size as a multiple of {processes}, or another num_gpus"
+        )
+    if (
+        settings.batch_renorm.sync == "full"
+        and len({math.ceil(part / (settings.micro_batch_size or part)) for part in parts}) > 1
+    ):
+        raise PlansError(
+            f"{given}, thus unequal numbers of micro-batches, and norms with sync=full wait for each other; give batch_size "
+            f"as a multiple of {processes * together}"
         )
     return parts

@@ -6,7 +6,7 @@ import logging
 import torch
 
 from nnunet_norm.layers import one_step
-from nnunet_norm.planning.memory import GIGABYTE, Network, StepMemory, as_outputs, default_loss
+from nnunet_norm.planning.memory import CONTEXT, GIGABYTE, Network, StepMemory, as_outputs, default_loss
 
 LOGGER = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def measured_memory(
         few, many = (_peak_of_a_step(network, samples, device, checkpointed) for samples in MEASURED_SAMPLES)
     except torch.cuda.OutOfMemoryError:
         LOGGER.warning(
-            "%s: memory is not measured: %s has too little free for steps of %d samples; the estimate is nnU-Net's",
+            "%s: memory is not measured: %s has too little free for steps of %d samples; the estimate stays",
             network.name,
             torch.cuda.get_device_name(device),
             MEASURED_SAMPLES[-1],
@@ -45,9 +45,10 @@ def measured_memory(
     finally:
         torch.cuda.empty_cache()
     sample = (many - few) / (MEASURED_SAMPLES[1] - MEASURED_SAMPLES[0]) / GIGABYTE
-    fixed = max(0.0, few / GIGABYTE - sample * MEASURED_SAMPLES[0])
+    # What torch allocates is all but CUDA's context.
+    fixed = max(0.0, few / GIGABYTE - sample * MEASURED_SAMPLES[0]) + CONTEXT
     source = f"measured on {torch.cuda.get_device_name(device)}"
-    return dataclasses.replace(estimate, fixed=fixed, sample=sample, source=source)
+    return dataclasses.replace(estimate, fixed=fixed, sample=sample, source=source, planned=0.0)
 
 
 def _peak_of_a_step(network: Network, samples: int, device: torch.device, checkpointed: bool) -> int:

@@ -93,11 +93,12 @@ def derive_plans(
         norm_op_kwargs: its arguments; by default those of the plans.
         iterations_per_epoch: optimizer steps per epoch.
         val_iterations_per_epoch: validation batches per epoch.
-        keep_samples: scale the iterations per epoch by old batch / new batch, so that as many samples are seen.
+        keep_samples: scale the iterations per epoch by old batch / new batch, so that as many samples are seen; those of
+            validation too, unless they are given.
         initial_lr: learning rate at the start.
         lr_scaling: instead, scale it with the batch: ``"linear"``, ``"sqrt"`` or ``"none"``, see
             :func:`~nnunet_norm.planning.schedule.scaled_lr`.
-        warmup_epochs: epochs over which the learning rate rises linearly from near 0.
+        warmup_epochs: epochs over which the learning rate rises linearly from near 0; 0 takes a warm-up back.
         checkpoint_minutes: age of the last checkpoint after which the end of an epoch writes the next; 0 for every epoch.
         seed: of weights, sampling and augmentation.
         disparity_batches: validation batches on which train/eval disparity is measured.

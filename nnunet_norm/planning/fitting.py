@@ -69,24 +69,31 @@ class Training:
         """Of the GPU, as the configuration stands."""
         return self.memory().gigabytes(self.samples, self.at_once)
 
+    @property
+    def source(self) -> str:
+        """Where that figure is from."""
+        return self.memory().source_with(self.at_once)
+
     def choices(self, limit: float) -> Iterator[Choice]:
-        """What would fit ``limit`` gigabytes, each found with the same figures as the refusal."""
-        micro = self._largest_micro_batch(self.memory(), limit)
-        if micro is not None:
-            yield micro
+        """What would fit ``limit`` gigabytes, each found with the same figures as the refusal.
+
+        One change at a time (checkpointing with micro-batches, if need be); where none of them fits, fewer features with the
+        smallest micro-batches, and at last with checkpointing too.
+        """
         again = None if self.checkpointed else self._checkpointing(limit)
-        if again is not None:
-            yield again
-        base = self._most_features(limit)
-        if base is not None:
-            yield base
+        single = [self._largest_micro_batch(self.memory(), limit), again, self._most_features(limit)]
+        found = [choice for choice in single if choice is not None]
+        yield from found or self._together_with_fewer_features(limit)
+
+    def fits_alone(self, limit: float) -> bool:
+        """Whether a process with the fewest samples that it can have fits ``limit`` gigabytes: more GPUs would do."""
+        return self.memory().gigabytes(self._together, self._together) <= limit
 
     def _checkpointing(self, limit: float) -> Choice | None:
         """By itself, or else with smaller micro-batches."""
-        try:
-            memory = self.memory(checkpointed=True)
-        except ArchitectureError:
+        if not self._checkpointable():
             return None
+        memory = self.memory(checkpointed=True)
         whole = memory.gigabytes(self.samples, self.at_once)
         if whole <= limit:
             return Choice("--activation-checkpointing", whole)
@@ -101,21 +108,43 @@ class Training:
                 return Choice(f"--micro-batch-size {size}", gigabytes)
         return None
 
-    def _most_features(self, limit: float) -> Choice | None:
+    def _together_with_fewer_features(self, limit: float) -> Iterator[Choice]:
+        smallest = min(self.at_once, self._together)
+        micro = f"--micro-batch-size {smallest} " if smallest < self.at_once else ""
+        ways = [(micro, self.checkpointed)] if micro else []
+        if not self.checkpointed and self._checkpointable():
+            ways.append((f"--activation-checkpointing {micro}", True))
+        for flags, checkpointed in ways:
+            base = self._most_features(limit, at_once=smallest, checkpointed=checkpointed)
+            if base is not None:
+                yield Choice(f"{flags}{base.flags}", base.gigabytes)
+                return
+
+    def _checkpointable(self) -> bool:
+        try:
+            self.memory(checkpointed=True)
+        except ArchitectureError:
+            return False
+        return True
+
+    def _most_features(
+        self, limit: float, *, at_once: int | None = None, checkpointed: bool | None = None
+    ) -> Choice | None:
         own = self.network.base_features
         if own is None or "strides" not in self.network.resolved["architecture"]["arch_kwargs"]:
             return None
         if self.network.with_base_features(own) != self.network:
             return None  # the features of each stage are given by themselves, which excludes base features
+
+        def gigabytes_with(base: int) -> float:
+            return self.memory(checkpointed=checkpointed, base=base).gigabytes(self.samples, at_once or self.at_once)
+
         smaller = range(FEATURES_STEP, own, FEATURES_STEP)
-        fitting = bisect_right(smaller, limit, key=self._gigabytes_with)
+        fitting = bisect_right(smaller, limit, key=gigabytes_with)
         if not fitting:
             return None
         most = smaller[fitting - 1]
-        return Choice(f"--base-features {most}", self._gigabytes_with(most))
-
-    def _gigabytes_with(self, base: int) -> float:
-        return self.memory(base=base).gigabytes(self.samples, self.at_once)
+        return Choice(f"--base-features {most}", gigabytes_with(most))
 
 
 def counted(number: int, what: str) -> str:
@@ -132,10 +161,11 @@ def check_fits(training: Training, limit: float) -> None:
     needed = training.gigabytes
     if needed <= limit:
         return
+    smaller = "give a smaller --patch-size" + (", or more --num-gpus" if training.fits_alone(limit) else "")
     choices = [f"{choice.flags} ({choice.gigabytes:.1f} GB)" for choice in training.choices(limit)]
     network, samples = training.network, counted(training.at_once, "sample")
     raise PlansError(
         f"configuration {network.name}: patch {as_text(network.patch)} with {samples} at once takes "
-        f"{needed:.1f} GB per GPU ({training.memory().source}), --vram is {limit:g}; "
-        + (f"what fits: {', or '.join(choices)}" if choices else "give a smaller --patch-size, or more --num-gpus")
+        f"{needed:.1f} GB per GPU ({training.source}), --vram is {limit:g}; "
+        + (f"what fits: {', or '.join(choices)}" if choices else smaller)
     )

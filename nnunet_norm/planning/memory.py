@@ -3,13 +3,15 @@
 What is in the network at once is estimated by nnU-Net's own planners: gigabytes in proportion to the feature maps of the
 network and to the samples. What they do not know is counted: the network's passes are run without data, on the device
 ``meta``, and the storages that live at a time are followed (:mod:`nnunet_norm.living`). So the share of activation
-checkpointing is that of this very network, and the whole batch's logits and loss are those of its outputs.
+checkpointing is that of this very network, and the whole batch's logits and loss are those of its outputs. Where the count
+and what does not depend on samples (weights and their copies, CUDA's context) come to more than the estimate, they hold.
 """
 
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,12 @@ from nnunet_norm.planning.topology import with_features
 
 GIGABYTE = 2**30
 
+WEIGHT_BYTES = 12 + 2
+"""Of one weight: it, its gradient and its momentum in single precision, and autocast's copy of it in half precision."""
+
+CONTEXT = 0.5
+"""GiB of a GPU that CUDA's context and its libraries take before the first tensor."""
+
 COUNTED_SAMPLES = (8, 16)
 """Samples of the passes that are counted: so many that what grows with them is at the peak. They cost nothing."""
 
@@ -41,10 +49,11 @@ class StepMemory:
 
     Attributes:
         fixed: whatever the number of samples.
-        sample: for each sample that is in the network.
+        sample: for each sample that is in the network, counted or measured.
         waiting: for each sample of the batch, where micro-batches are smaller: image, target, logits and their gradient.
         loss: for each sample of the batch while the loss is computed from logits that are there already.
         source: where the figures are from, for people.
+        planned: nnU-Net's estimate of all for each sample that is in the network; 0 where it plays no part.
     """
 
     fixed: float
@@ -52,13 +61,21 @@ class StepMemory:
     waiting: float
     loss: float
     source: str
+    planned: float = 0.0
 
     def gigabytes(self, samples: int, at_once: int) -> float:
         """Memory for a process with ``samples`` of the batch, of which ``at_once`` are in the network."""
         if at_once >= samples:
-            return self.fixed + self.sample * samples
+            return self._in_network(samples)
         # The loss is computed while no activations are kept, and the gradient of its logits is kept during the rest.
-        return self.fixed + max(self.sample * at_once + self.waiting * samples, self.loss * samples)
+        return max(self._in_network(at_once) + self.waiting * samples, self.fixed + self.loss * samples)
+
+    def _in_network(self, samples: int) -> float:
+        return max(self.planned * samples, self.fixed + self.sample * samples)
+
+    def source_with(self, at_once: int) -> str:
+        """``source``, or "counted" where the count holds because it is more than nnU-Net's estimate."""
+        return "counted" if 0 < self.planned * at_once < self._in_network(at_once) else self.source
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,11 @@ class Network:
             fit_for_steps(network)
         return network
 
+    def weights(self) -> int:
+        """How many there are."""
+        module = self.build(torch.device("meta"), deep_supervision=True)
+        return sum(parameter.numel() for parameter in module.parameters())
+
     def feature_map_size(self) -> float:
         """Of one sample, as nnU-Net's planners count it.
 
@@ -166,16 +188,24 @@ def estimated_memory(network: Network, *, checkpointed: bool = False) -> StepMem
     """
     architecture = network.resolved["architecture"]
     reference = reference_of(network.planner, architecture["network_class_name"], len(network.patch))
-    sample = reference.estimate(network.feature_map_size())
+    planned = reference.estimate(network.feature_map_size())
     source = "nnU-Net's estimate"
     shapes = _output_shapes(network)
+    counted = _bytes_of_a_sample(network, checkpointed=checkpointed)
     if checkpointed:
-        sample *= _bytes_of_a_sample(network, checkpointed=True) / _bytes_of_a_sample(network, checkpointed=False)
+        planned *= counted / _bytes_of_a_sample(network, checkpointed=False)
         source += ", checkpointing counted"
     waiting, loss = _bytes_without_network(shapes, network.regions)
     # nnU-Net's loader hands over images in single precision.
     image = math.prod(network.patch) * network.channels * torch.float32.itemsize
-    return StepMemory(0.0, sample, (image + waiting) / GIGABYTE, (image + loss) / GIGABYTE, source)
+    return StepMemory(
+        network.weights() * WEIGHT_BYTES / GIGABYTE + CONTEXT,
+        counted / GIGABYTE,
+        (image + waiting) / GIGABYTE,
+        (image + loss) / GIGABYTE,
+        source,
+        planned,
+    )
 
 
 def as_outputs(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -219,7 +249,7 @@ def _bytes_of_a_sample(network: Network, *, checkpointed: bool) -> float:
 def _peak_of_a_pass(network: Network, samples: int, *, checkpointed: bool) -> int:
     """Most bytes that live in a pass in half precision with its loss and gradients."""
     module = network.build(torch.device("meta"), deep_supervision=True, checkpointed=checkpointed).to(torch.float16)
-    with one_step(module), Living() as living:
+    with _runs_without_data(network), one_step(module), Living() as living:
         image = torch.empty((samples, network.channels, *network.patch), dtype=torch.float16, device="meta")
         default_loss(as_outputs(module(image)), network.regions).backward()
     return living.peak
@@ -232,15 +262,21 @@ def _output_shapes(network: Network) -> tuple[tuple[int, ...], ...]:
         PlansError: the network cannot be run without data.
     """
     module = network.build(torch.device("meta"), deep_supervision=True).eval()
+    with _runs_without_data(network), torch.no_grad():
+        outputs = as_outputs(module(torch.empty((1, network.channels, *network.patch), device="meta")))
+    return tuple(tuple(output.shape[1:]) for output in outputs)
+
+
+@contextmanager
+def _runs_without_data(network: Network) -> Iterator[None]:
     try:
-        with torch.no_grad():
-            outputs = as_outputs(module(torch.empty((1, network.channels, *network.patch), device="meta")))
+        yield
     except RuntimeError as error:
+        kind = require_architecture(network.resolved, network.name)["network_class_name"].rsplit(".", 1)[-1]
         raise PlansError(
-            f"configuration {network.name}: memory cannot be estimated, {type(module).__name__} does not run without data: "
+            f"configuration {network.name}: memory cannot be estimated, {kind} does not run without data: "
             f"{' '.join(str(error).split())}"
         ) from error
-    return tuple(tuple(output.shape[1:]) for output in outputs)
 
 
 @functools.cache

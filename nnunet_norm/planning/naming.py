@@ -19,7 +19,9 @@ def check_plans_name(name: str) -> None:
             "a letter or digit, without a double underscore, and without .json"
         )
     if len(name) > LONGEST_NAME:
-        raise PlansError(f"plans_name {name!r} is {len(name)} characters long; give one of at most {LONGEST_NAME}")
+        raise PlansError(
+            f"plans_name {name!r} is {len(name)} characters long; give one of at most {LONGEST_NAME} with --plans-name"
+        )
 
 
 PREFIXES = {

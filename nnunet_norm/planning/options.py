@@ -23,7 +23,6 @@ COUNTS = {
     "base_features",
     "iterations_per_epoch",
     "val_iterations_per_epoch",
-    "warmup_epochs",
     "disparity_batches",
     "population_samples",
     "reestimate_every",
@@ -88,11 +87,13 @@ def asked_for(options: dict[str, Any]) -> dict[str, Any]:
         if {one, other} <= asked.keys():
             raise PlansError(f"{one} and {other} both say {what}; give one of them")
     for name in COUNTS & asked.keys():
-        asked[name] = _positive(name, asked[name])
+        asked[name] = _whole(name, asked[name], 1)
+    if "warmup_epochs" in asked:
+        asked["warmup_epochs"] = _whole("warmup_epochs", asked["warmup_epochs"], 0)
     for name in {"patch_size", "features_per_stage"} & asked.keys():
         if not isinstance(asked[name], Iterable) or isinstance(asked[name], str):
             raise PlansError(f"{name} is {asked[name]!r}; it must be a sequence of whole numbers")
-        asked[name] = [_positive(name, value) for value in asked[name]]
+        asked[name] = [_whole(name, value, 1) for value in asked[name]]
     if "domain_statistics" in asked:
         asked["domain_statistics"] = list(asked["domain_statistics"])
     if "lr_scaling" in asked and asked["lr_scaling"] not in LR_SCALINGS:
@@ -107,16 +108,16 @@ def asked_for(options: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
-def _positive(name: str, value: object) -> int:
-    """The value as an int, or a refusal; NumPy's integers are welcome, booleans and floats are not."""
+def _whole(name: str, value: object, least: int) -> int:
+    """The value as an int of at least ``least``, or a refusal; NumPy's integers are welcome, booleans and floats are not."""
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = 0
-    if number < 1:
-        raise PlansError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        number = least - 1
+    if number < least:
+        raise PlansError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return number
 
 

@@ -12,7 +12,7 @@ LOGGER = logging.getLogger(__name__)
 
 LR_SCALINGS = ("linear", "sqrt", "none")
 
-INITIAL_LR, ITERATIONS_PER_EPOCH, EPOCHS = 0.01, 250, 1000
+INITIAL_LR, ITERATIONS_PER_EPOCH, VAL_ITERATIONS_PER_EPOCH, EPOCHS = 0.01, 250, 50, 1000
 """What nnU-Net's trainer has, which no plans file says; a test compares them."""
 
 
@@ -23,12 +23,14 @@ class Schedule:
     Attributes:
         batch_size: samples per optimizer step, over all GPUs.
         iterations_per_epoch: optimizer steps.
+        val_iterations_per_epoch: batches of validation.
         initial_lr: learning rate at the start, after the warm-up.
         warmup_epochs: epochs over which it rises to that; 0 for none.
     """
 
     batch_size: int
     iterations_per_epoch: int
+    val_iterations_per_epoch: int
     initial_lr: float
     warmup_epochs: int
 
@@ -44,6 +46,7 @@ class Schedule:
         return cls(
             resolved["batch_size"],
             settings.num_iterations_per_epoch or ITERATIONS_PER_EPOCH,
+            settings.num_val_iterations_per_epoch or VAL_ITERATIONS_PER_EPOCH,
             settings.initial_lr or INITIAL_LR,
             settings.warmup_epochs or 0,
         )
@@ -94,4 +97,8 @@ def scaled_settings(resolved: Configuration, asked: dict[str, Any], name: str) -
         if samples != old.samples_per_epoch:
             text += f": rounded, {samples} samples per epoch instead of {old.samples_per_epoch}"
         LOGGER.info("%s: %s", name, text)
+        if "val_iterations_per_epoch" not in asked:
+            validation = kept_iterations(old.val_iterations_per_epoch, old.batch_size, asked["batch_size"])
+            settings["num_val_iterations_per_epoch"] = validation
+            LOGGER.info("%s: %d iterations of validation become %d", name, old.val_iterations_per_epoch, validation)
     return settings

@@ -25,6 +25,9 @@ from nnunet_norm.prediction.model_folder import check_model_folder
 from nnunet_norm.prediction.safe_loading import load_checkpoint
 from nnunet_norm.writing import write_json, written_beside
 
+_WRITER = ("inline_container", "PytorchStreamWriter", "Parent directory", "cannot be opened")
+"""What torch's errors say when it cannot open or fill a file; there is no class for it."""
+
 NOTE = "nnunet_norm.json"
 """Beside plans.json: where a model comes from that was not trained as it is."""
 
@@ -203,13 +206,25 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written; nothing is left behind.
     """
+    with checkpoint_beside(path) as beside:
+        torch.save(dict(content), beside)
+
+
+@contextmanager
+def checkpoint_beside(path: str | Path) -> Iterator[Path]:
+    """:func:`nnunet_norm.writing.written_beside` for ``torch.save``, which has errors of its own.
+
+    Raises:
+        OutputError: it cannot be written; nothing is left behind.
+    """
     with written_beside(path) as beside:
         try:
-            torch.save(dict(content), beside)
-        except RuntimeError as error:  # what torch raises when it cannot open or fill the file
-            raise OutputError(
-                f"{path} cannot be written ({str(error).splitlines()[0]}): choose another place"
-            ) from error
+            yield beside
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if not any(words in reason for words in _WRITER):
+                raise
+            raise OutputError(f"{path} cannot be written ({reason}): make room, or choose another folder") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,12 +30,12 @@ from nnunet_norm.training.distributed import (
     of_all_processes,
     refused_by_all,
 )
-from nnunet_norm.training.orphans import end_children_with_this_process
+from nnunet_norm.training.orphans import end_children_with_this_process, end_with_parent
 from nnunet_norm.training.preflight import add_arguments, check_flags, check_machine, what_is_trained
 from nnunet_norm.training.restarting import agent, begin_or_resume, newest_checkpoint
 
-USER_ERROR = 2
-"""Exit code of a refusal."""
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit codes of a refusal, and after Ctrl-C."""
 
 LONGEST_STEP = timedelta(minutes=30)
 """How long a process waits for the others in a step of the training, and at the beginning."""
@@ -46,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     end_children_with_this_process()
+    if agent() is not None:
+        end_with_parent()
     try:
         with _process_group(args), trainers_on_search_path():
             train(args)
+    except KeyboardInterrupt:  # torchrun's command says so
+        sys.exit(INTERRUPTED)
     except NnunetNormError as error:
         said_here = not isinstance(error, RefusedByAllError) or _local_rank() == 0
         parser.exit(USER_ERROR, f"{parser.prog}: {error}\n" if said_here else None)
@@ -69,8 +74,10 @@ def train(args: argparse.Namespace) -> None:
         check_machine(args, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         trained = what_is_trained(args, processes)
     agree(trained)
-    trainer = _trainer(args)
-    _load_weights(trainer, args)
+    # An agent counts the restarts after its own processes' failures alone, so that the counts may differ.
+    started_again = any(int(count) for _, count in of_all_processes(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    trainer = _trainer(args, started_again)
+    _load_weights(trainer, args, started_again)
     if not args.val:
         trainer.run_training()
     if args.val_best:
@@ -78,7 +85,7 @@ def train(args: argparse.Namespace) -> None:
     trainer.perform_actual_validation(args.npz)
 
 
-def _trainer(args: argparse.Namespace) -> nnUNetTrainer:
+def _trainer(args: argparse.Namespace, started_again: bool) -> nnUNetTrainer:
     device = torch.device("cpu")
     if args.device == "cuda":
         device = torch.device("cuda", _local_rank())
@@ -88,7 +95,6 @@ def _trainer(args: argparse.Namespace) -> nnUNetTrainer:
         cudnn.benchmark = True
     if dist.is_initialized() and dist.get_rank() != 0:
         os.environ["nnUNet_wandb_enabled"] = "0"  # one training is one run
-    started_again = any(int(count) for _, count in of_all_processes(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     fold = args.fold if args.fold == "all" else int(args.fold)
     with refused_by_all():
         trainer = get_trainer_from_args(
@@ -100,7 +106,7 @@ def _trainer(args: argparse.Namespace) -> nnUNetTrainer:
     return trainer
 
 
-def _load_weights(trainer: nnUNetTrainer, args: argparse.Namespace) -> None:
+def _load_weights(trainer: nnUNetTrainer, args: argparse.Namespace, started_again: bool) -> None:
     """A checkpoint to go on with, weights to start from, or nothing; the first process decides for all."""
     folder = Path(trainer.output_folder)
     check_shared(folder)
@@ -112,7 +118,7 @@ def _load_weights(trainer: nnUNetTrainer, args: argparse.Namespace) -> None:
         if trainer.local_rank == 0 and args.c:  # nnU-Net's name for the rank among all
             found = newest_checkpoint(folder)
         elif trainer.local_rank == 0 and agents and not args.val:
-            found = begin_or_resume(folder, agents)
+            found = begin_or_resume(folder, agents, started_again=started_again)
     checkpoint = of_all_processes(found)[0][1]
     if checkpoint is None:
         if args.c:
@@ -120,6 +126,7 @@ def _load_weights(trainer: nnUNetTrainer, args: argparse.Namespace) -> None:
         maybe_load_checkpoint(trainer, False, args.val, args.pretrained_weights)
         return
     trainer.load_checkpoint(str(checkpoint))
+    agree({checkpoint.name: [trainer.current_epoch, checkpoint.stat().st_size]})
     trainer.print_to_log_file(f"The training goes on with epoch {trainer.current_epoch}, from {checkpoint.name}")
 
 

@@ -10,6 +10,16 @@ _SIGNAL_AT_DEATH_OF_PARENT = 1
 """Linux's PR_SET_PDEATHSIG (prctl(2))."""
 
 
+def end_with_parent() -> None:
+    """From now on, this process is killed when the one that started it dies, however it dies; on Linux.
+
+    torchrun's agent ends its processes in good order. If it is killed itself, they would train on, unseen, while the same
+    command is started again in the same folder.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_SIGNAL_AT_DEATH_OF_PARENT, int(signal.SIGKILL))
+
+
 def end_children_with_this_process() -> None:
     """From now on, what this process forks in its main thread is killed when it dies, however it dies; on Linux.
 

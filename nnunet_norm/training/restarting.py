@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_norm.errors import LaunchError
 from nnunet_norm.writing import is_whole_checkpoint, write_json
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -19,12 +20,13 @@ MARKER = ".nnunet_norm_run.json"
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The whole checkpoint that was written last; nnU-Net prefers a final one, even if it is that of an older training."""
-    whole = [path for path in _checkpoints(folder) if is_whole_checkpoint(path)]
-    return max(whole, key=lambda path: path.stat().st_mtime_ns, default=None)
+    """What a training goes on with: a final checkpoint, unless a training began since; else the newest whole one."""
+    return _newest(path for path in _checkpoints(folder) if is_whole_checkpoint(path))
 
 
-def begin_or_resume(folder: str | os.PathLike[str], agents: Sequence[str]) -> Path | None:
+def begin_or_resume(
+    folder: str | os.PathLike[str], agents: Sequence[str], *, started_again: bool = False
+) -> Path | None:
     """The newest whole checkpoint that this very run wrote; None if it has just begun, or has written none yet.
 
     A run is known by torchrun's agents, which stay while they start their processes again: one of them that took part before
@@ -34,13 +36,21 @@ def begin_or_resume(folder: str | os.PathLike[str], agents: Sequence[str]) -> Pa
     Args:
         folder: The training's.
         agents: Of all processes, :func:`agent` of each.
+        started_again: Whether one of them has started its processes before, so that it is no new run.
 
     Raises:
+        LaunchError: If another run is there: it goes on, or it began after this one.
         OutputError: If the folder cannot be written to.
     """
     marker = Path(folder) / MARKER
     known = _read(marker)
     if not set(agents) & set(known["agents"]):
+        if known["agents"] and started_again:
+            raise LaunchError(f"another training began in {folder} after this one: each needs plans of another name")
+        if running := [name for name in known["agents"] if _is_running(name)]:
+            raise LaunchError(
+                f"a training goes on in {folder} (process {running[0].split()[1]}): wait for it, or end it first"
+            )
         before = {path.name: _state(path) for path in _checkpoints(folder)}
         write_json(marker, {"agents": sorted(set(agents)), "before": before})
         return None
@@ -50,7 +60,7 @@ def begin_or_resume(folder: str | os.PathLike[str], agents: Sequence[str]) -> Pa
         for path in _checkpoints(folder)
         if is_whole_checkpoint(path) and _state(path) != known["before"].get(path.name)
     ]
-    return max(own, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return _newest(own)
 
 
 def agent() -> str | None:
@@ -58,11 +68,31 @@ def agent() -> str | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     number = os.getppid()
-    try:  # a number alone is soon taken again, in containers most of all
-        began = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except OSError:  # another system than Linux
-        began = ""
-    return f"{socket.gethostname()} {number} {began}"
+    return f"{socket.gethostname()} {number} {_began(number)}"
+
+
+def _began(number: int) -> str:
+    """When a process began: its number alone is soon taken again, in containers most of all."""
+    try:
+        state, *rest = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (OSError, ValueError):  # it has ended, or this is another system than Linux
+        return ""
+    return "" if state == "Z" else rest[18]
+
+
+def _is_running(name: str) -> bool:
+    """Whether the agent of this name is a process of this machine."""
+    host, number, began = [*name.split(), "", ""][:3]
+    return bool(began) and host == socket.gethostname() and _began(int(number)) == began
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    """A final checkpoint ends a training, which removes the latest one: the best may only look newer, as after a copy."""
+    times = {path.name: (path.stat().st_mtime_ns, path) for path in paths}
+    final, latest = (times.get(name) for name in CHECKPOINTS[:2])
+    if final is not None and (latest is None or latest[0] <= final[0]):
+        return final[1]
+    return max(times.values(), default=(0, None))[1]
 
 
 def _checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

@@ -31,12 +31,12 @@ from nnunet_norm.layers import (
     one_step,
 )
 from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.prediction.model_writing import checkpoint_beside
 from nnunet_norm.receptive_field.trace import unwrapped
 from nnunet_norm.settings import CHECKPOINT_MINUTES, NormSettings
 from nnunet_norm.training.distributed import ddp_on_any_device, only_first_process_writes, share_buffers
 from nnunet_norm.training.losses import build_loss, refuse_loss
 from nnunet_norm.training.micro_batches import MicroBatches
-from nnunet_norm.writing import written_beside
 
 _ACROSS_SAMPLES = (_BatchNorm, BatchNorm2d, BatchNorm3d, BatchRenorm2d, BatchRenorm3d)
 """Norms whose statistics are those of all samples of a forward pass."""
@@ -137,13 +137,22 @@ class ScaledTrainer(nnUNetTrainer):
             segments = checkpoint_stages(self.bare_network)
             self.print_to_log_file(f"Activation checkpointing: {segments} segments are computed again for the gradient")
         self.fit_norms()
-        if self._in_micro_batches:
+        self.plan_norms()
+        if self.settings.micro_batch_size is not None:
             self._check_micro_batches()
+        if (warmup := self.settings.warmup_epochs or 0) >= self.num_epochs:
+            self.print_to_log_file(
+                f"WARNING: the learning rate rises over {warmup} epochs, and the training has {self.num_epochs}: it never "
+                "gets to where it should"
+            )
 
     def fit_norms(self) -> None:
         """Exchange torch's norms where they cannot do what the steps need: run often, or share statistics on a CPU."""
         if self._runs_often or (self.is_ddp and self.device.type != "cuda"):
             fit_for_steps(self.bare_network)
+
+    def plan_norms(self) -> None:
+        """Tell the norms what they need to know of the training; here nothing."""
 
     @property
     def _in_micro_batches(self) -> bool:
@@ -190,6 +199,8 @@ class ScaledTrainer(nnUNetTrainer):
                 f"unequal numbers of micro-batches of {size}, and norms wait for all of them: choose a batch size that "
                 f"{self.num_processes} divides"
             )
+        if not self._in_micro_batches:
+            return
         text = (
             f"Micro-batches: the {self.batch_size} samples of this process go through the network in "
             f"{self.num_micro_batches(self.batch_size)} parts, and their gradients are added up"
@@ -306,7 +317,7 @@ class ScaledTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        with written_beside(filename) as beside:
+        with checkpoint_beside(filename) as beside:
             super().save_checkpoint(str(beside))
         if filename.endswith("checkpoint_latest.pth"):
             self._time_of_checkpoint = time.monotonic()

@@ -108,16 +108,16 @@ class NormTrainer(ScaledTrainer):
         return [layer for layer in self.bare_network.modules() if isinstance(layer, (BatchRenorm2d, BatchRenorm3d))]
 
     def initialize(self) -> None:
-        """Build everything, then tell BatchRenorm how many steps are planned."""
+        """Build everything, and make the keys of what is measured known."""
         super().initialize()
         self._register_keys()
-        self._plan_schedule()
 
     def _register_keys(self) -> None:
         keys = progress.EVERY_NORM + (progress.BATCH_RENORM if self.renorms else ())
         self.logger.local_logger.register(keys, self.current_epoch)
 
-    def _plan_schedule(self) -> None:
+    def plan_norms(self) -> None:
+        """Tell BatchRenorm how many steps are planned, and what processes share."""
         if not self.renorms:
             return
         planned = self.num_epochs * self.num_iterations_per_epoch

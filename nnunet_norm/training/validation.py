@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
@@ -135,8 +136,12 @@ class ValidationPredictor(HaloPredictor):
 
     def measure_batches(self) -> None:
         """Measure disparity on whole batches of the tiles collected; on a smaller one only if they fill none."""
-        for batch in whole_batches(self._tiles, self.trainer.normalization_batch_size, MEASURED_BATCHES):
-            self._measure(batch.to(self.device))
+        size = self.trainer.normalization_batch_size
+        try:
+            for batch in whole_batches(self._tiles, size, MEASURED_BATCHES):
+                self._measure(batch.to(self.device))
+        except torch.OutOfMemoryError:  # of all processes, in one
+            self.trainer.print_to_log_file(f"Train/eval disparity not measured: {size} samples at once do not fit")
         self._tiles = []
 
     def _measure(self, data: Tensor) -> None:

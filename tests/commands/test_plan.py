@@ -170,20 +170,27 @@ def test_a_table_says_what_a_step_takes_before_anything_is_written(
     options += "--keep-samples --checkpoint-minutes 5 --num-gpus 8 --vram 24"
     assert plan("-d", 990, "-c", "3d_fullres", *options.split()) == 0
     printed = capsys.readouterr().out
-    assert table(printed, "3d_fullres") == {
+    rows = table(printed, "3d_fullres")
+    assert rows == {
         "topology": "PlainConvUNet, 6 stages, total stride 16x32x32, features 32 64 128 256 320 320",
         "patch": "64x288x288, 5,308,416 voxels (asked for 64x280x288)",
         "batch": "16 samples, 2 on each of 8 GPUs, 1 at once in the network",
         "voxels per step": "84,934,656",
         "memory per GPU": "11.6 GB with 1 sample at once (nnU-Net's estimate)",
-        "steps": "31 x 1000 epochs = 31,000, with 496,000 samples (other epochs: _<N>epochs in the trainer's name)",
+        "steps": "31 x 1000 epochs = 31,000, with 496,000 samples; 6 validation steps per epoch "
+        "(other epochs: _<N>epochs in the trainer's name)",
         "learning rate": "0.08, after 5 epochs of warm-up",
     }
+    # What inherits from it is checked and shown too.
+    inherited = {key: rows[key] for key in ("batch", "voxels per step", "steps", "learning rate")}
+    heir = table(printed, "3d_cascade_fullres")
+    assert heir.items() >= (inherited | {"patch": "64x288x288, 5,308,416 voxels"}).items()
     name = "nnUNetPlans_b16_p64x288x288_keep_lrlin_mb1_warm5_save5"
     assert printed.index("learning rate  ") < printed.index(f"{name}.json")
     assert printed.splitlines()[-1].endswith(f"-p {name} -tr nnUNetTrainerBRN -num_gpus 8")
     assert json.loads((folder / f"{name}.json").read_text())["configurations"]["3d_fullres"]["nnunet_norm"] == {
         "num_iterations_per_epoch": 31,
+        "num_val_iterations_per_epoch": 6,
         "initial_lr": pytest.approx(0.08),
         "micro_batch_size": 1,
         "warmup_epochs": 5,
@@ -194,19 +201,54 @@ def test_a_table_says_what_a_step_takes_before_anything_is_written(
 def test_what_does_not_fit_is_refused_with_what_does(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Enforces that --vram writes nothing that is too large, and that a choice that it names is accepted."""
     describe_labels(folder)
-    command = ["-d", 990, "-c", "3d_lowres", "--batch-size", 4, "--num-stages", 3, "--patch-size", 64, 64, 64]
-    assert plan(*command, "--vram", 1) == 2
+    command = ["-d", 990, "-c", "2d", "--batch-size", 48, "--num-stages", 4, "--patch-size", 256, 256]
+    assert plan(*command, "--vram", 4) == 2
     printed = capsys.readouterr()
-    assert table(printed.out, "3d_lowres")["memory per GPU"] == "1.6 GB with 4 samples at once (nnU-Net's estimate)"
+    assert table(printed.out, "2d")["memory per GPU"] == "7.5 GB with 48 samples at once (nnU-Net's estimate)"
     (line,) = printed.err.splitlines()
-    assert "64x64x64 with 4 samples at once takes 1.6 GB per GPU (nnU-Net's estimate), --vram is 1; what fits: " in line
+    assert "256x256 with 48 samples at once takes 7.5 GB per GPU (nnU-Net's estimate), --vram is 4; what fits: " in line
     flags = re.search(r"what fits: (--micro-batch-size \d+) ", line)[1]
     assert [file.name for file in folder.iterdir() if file.name.startswith("nnUNetPlans")] == ["nnUNetPlans.json"]
-    assert plan(*command, "--vram", 1, *flags.split()) == 0
+    assert plan(*command, "--vram", 4, *flags.split()) == 0
     capsys.readouterr()
     assert plan(*command, "--activation-checkpointing") == 0
-    memory = table(capsys.readouterr().out, "3d_lowres")["memory per GPU"]
+    memory = table(capsys.readouterr().out, "2d")["memory per GPU"]
     assert memory.endswith("activations computed again (nnU-Net's estimate, checkpointing counted)")
+
+
+def test_a_stage_that_follows_is_checked_and_never_told_to_run_on_gpus_that_cannot_share_its_batch(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces its table, a warning with the reason, its command for one GPU, and its own refusal of too little memory."""
+    options = ["-d", 990, "-c", "3d_cascade_fullres", "--batch-size", 8, "--micro-batch-size", 1, "--num-stages", 3]
+    options += ["--num-gpus", 4]
+    assert plan(*options) == 0
+    printed = capsys.readouterr().out
+    assert "WARNING: configuration 3d_lowres: num_gpus is 4, more than the batch of 2 has samples; give" in printed
+    assert table(printed, "3d_lowres")["batch"] == "2 samples"
+    assert table(printed, "3d_cascade_fullres")["batch"].startswith("8 samples, 2 on each of 4 GPUs")
+    first, second = (line for line in printed.splitlines() if "nnUNetv2_train" in line)
+    assert "-num_gpus" not in first
+    assert first.endswith("BRN    # on one GPU: 4 cannot share its batch; and folds 1 to 4, before the next stage")
+    assert second.endswith("-tr nnUNetTrainerBRN -num_gpus 4")
+    describe_labels(folder)
+    assert plan(*options, "--vram", 5, "--overwrite") == 2
+    line = refusal(capsys)
+    assert "configuration 3d_lowres: patch " in line
+    assert line.endswith("; name 3d_lowres in -c too, where these flags are to act")
+
+
+def test_a_warm_up_is_taken_back_and_one_without_end_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Enforces 0 as an answer, and a line where the learning rate would rise until nnU-Net's last epoch."""
+    assert plan("-d", 990, "-c", "2d", "--warmup-epochs", 1000) == 0
+    warning = (
+        "WARNING: configuration 2d: warmup_epochs is 1000, and nnU-Net trains 1000 epochs: the learning rate never"
+    )
+    assert warning in capsys.readouterr().out
+    assert plan("-d", 990, "-c", "2d", "-p", "nnUNetPlans_warm1000", "--warmup-epochs", 0) == 0
+    printed = capsys.readouterr().out
+    assert "WARNING" not in printed
+    assert table(printed, "2d")["learning rate"] == "0.01, no warm-up"
 
 
 @pytest.mark.parametrize(

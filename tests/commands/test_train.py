@@ -68,7 +68,7 @@ def test_one_machine_meets_by_itself(torchrun):
     arguments = torchrun.arguments
     assert arguments[: arguments.index("-m")] == [
         *("--standalone", "--nproc-per-node", "3", "--max-restarts", "2"),
-        *("--signals-to-handle", train.SIGNALS),
+        *("--signals-to-handle", ",".join(train.SIGNALS)),
     ]
     assert arguments[arguments.index("-m") :] == [
         *("-m", "nnunet_norm.training.launch", *BASE[:3], "-tr", "nnUNetTrainerBRN", "-p", "mine", "-device", "cpu"),

@@ -77,3 +77,16 @@ def test_batch_dice_needs_equal_shares() -> None:
         check_shares(uneven, 2, "2d")
     assert check_shares(uneven | {"batch_dice": False}, 2, "2d") == [3, 2]
     assert check_shares(uneven | {"batch_size": 6}, 2, "2d") == [3, 3]
+
+
+def test_norms_that_wait_for_each_other_need_equally_many_micro_batches() -> None:
+    """Enforces a refusal of what would wait for ever: 2 and 1 micro-batches; equal numbers and other norms are welcome."""
+    full = {"micro_batch_size": 2, "batch_renorm": {"sync": "full"}}
+    uneven = {"batch_size": 5, "nnunet_norm": full}
+    with pytest.raises(
+        PlansError, match=r"shares of 2 or 3 samples, thus unequal numbers of micro-batches.*multiple of 2$"
+    ):
+        check_shares(uneven, 2, "2d")
+    assert check_shares(uneven | {"batch_size": 7}, 2, "2d") == [4, 3]
+    assert check_shares(uneven | {"nnunet_norm": full | {"batch_renorm": {}}}, 2, "2d") == [3, 2]
+    assert check_shares(uneven | {"nnunet_norm": {"batch_renorm": {"sync": "full"}}}, 2, "2d") == [3, 2]

@@ -330,7 +330,11 @@ def test_population_statistics_are_settings_of_the_block(plans: dict) -> None:
         ),
         ("2d", {"batch_size": 4, "plans_name": "a__b"}, r"plans_name is 'a__b'.*double underscore"),
         ("2d", {"batch_size": 4, "plans_name": "../x"}, r"plans_name is '\.\./x'"),
-        ("2d", {"batch_size": 4, "plans_name": "x" * 200}, r"200 characters long; give one of at most 120"),
+        (
+            "2d",
+            {"batch_size": 4, "plans_name": "x" * 200},
+            r"200 characters long; give one of at most 120 with --plans-name",
+        ),
         ("2d", {"norm_op": "torch.nn.BatchNom2d"}, r"norm_op 'torch\.nn\.BatchNom2d' is nowhere to be found"),
         (
             "2d",

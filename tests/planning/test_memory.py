@@ -40,7 +40,7 @@ def fullres() -> dict[bool, StepMemory]:
 
 def test_the_estimate_is_the_one_by_which_nnunet_chose_the_batch(fullres: dict[bool, StepMemory]) -> None:
     """Enforces nnU-Net's proportion, plain and residual: so many samples fill the 8 GB that its planners aim at."""
-    assert round(8 / fullres[False].sample) == network().resolved["batch_size"] == 2
+    assert round(8 / fullres[False].planned) == network().resolved["batch_size"] == 2
     for plans in ("nnUNetPlans", "nnUNetResEncUNetMPlans"):
         chosen = Network.of(stock(plans), "2d", DATASET)
         reference = reference_of(chosen.planner, chosen.resolved["architecture"]["network_class_name"], 2)
@@ -66,6 +66,24 @@ def test_micro_batches_take_one_part_and_the_whole_batchs_logits() -> None:
     assert memory.gigabytes(8, 8) == memory.gigabytes(8, 100) == 32.5
     assert memory.gigabytes(8, 2) == pytest.approx(0.5 + 8 + 0.8)
     assert memory.gigabytes(8, 1) == 6.5
+
+
+def test_weights_their_copies_and_the_context_are_in_the_figure(fullres: dict[bool, StepMemory]) -> None:
+    """Enforces the larger of nnU-Net's estimate and the count with what is there without samples, with the word for it."""
+    chosen = network()
+    weights = sum(weight.numel() for weight in chosen.build(torch.device("cpu"), deep_supervision=True).parameters())
+    plain, again = fullres[False], fullres[True]
+    assert plain.fixed == again.fixed == pytest.approx(14 * weights / GIGABYTE + 0.5)
+    assert plain.gigabytes(2, 2) == 2 * plain.planned > plain.fixed + 2 * plain.sample
+    assert (plain.source_with(2), plain.source_with(8)) == ("nnU-Net's estimate",) * 2
+    assert again.planned == pytest.approx(plain.planned * again.sample / plain.sample)
+    assert again.gigabytes(1, 1) == max(again.planned, again.fixed + again.sample)
+    small = estimated_memory(network(**SMALL))
+    assert small.gigabytes(1, 1) == small.fixed + small.sample > 0.5 > small.planned
+    assert small.source_with(1) == "counted"
+    both = StepMemory(fixed=1.0, sample=1.0, waiting=0.1, loss=2.0, source="", planned=2.0)
+    assert [both.gigabytes(samples, samples) for samples in (1, 2, 3)] == [2.0, 4.0, 6.0]
+    assert (both.gigabytes(4, 3), both.gigabytes(4, 1)) == (pytest.approx(9.0), 9.0)
 
 
 def test_checkpointing_is_counted_on_this_network(fullres: dict[bool, StepMemory]) -> None:
@@ -139,7 +157,7 @@ def test_a_network_that_cannot_tell_is_refused() -> None:
 def test_a_gpu_is_measured_with_real_steps(caplog: pytest.LogCaptureFixture) -> None:
     """Enforces real steps with one and two samples, the line through them, and the estimate where too little is free."""
     small = network(**SMALL)
-    estimate = StepMemory(fixed=0.0, sample=1.0, waiting=0.1, loss=0.2, source="nnU-Net's estimate")
+    estimate = StepMemory(fixed=0.0, sample=1.0, waiting=0.1, loss=0.2, source="nnU-Net's estimate", planned=1.5)
     seen: list[int] = []
     build = Network.build
 
@@ -158,7 +176,7 @@ def test_a_gpu_is_measured_with_real_steps(caplog: pytest.LogCaptureFixture) -> 
     ):
         for checkpointed in (False, True):
             measured = measured_memory(small, estimate, torch.device("cpu"), checkpointed=checkpointed)
-            assert measured == StepMemory(fixed=1.0, sample=2.0, waiting=0.1, loss=0.2, source="measured on a GPU")
+            assert measured == StepMemory(fixed=1.5, sample=2.0, waiting=0.1, loss=0.2, source="measured on a GPU")
         assert set(seen) == {1, 2}
         assert measured_memory(small, estimate, torch.device("cpu")) == estimate
     assert "3d_fullres: memory is not measured: a GPU has too little free for steps of 2 samples" in caplog.text
@@ -166,13 +184,13 @@ def test_a_gpu_is_measured_with_real_steps(caplog: pytest.LogCaptureFixture) -> 
 
 def test_what_would_fit_is_found_and_fits() -> None:
     """Enforces that each choice of the refusal, derived as its flags say, fits, and that nothing larger would."""
-    options = SMALL | {"batch_size": 8, "base_features": 16}
-    training = Training(network(**options), 8)
+    options = SMALL | {"batch_size": 64, "base_features": 16}
+    training = Training(network(**options), 64)
     limit = training.gigabytes / 2
     with pytest.raises(PlansError) as refusal:
         check_fits(training, limit)
     line = str(refusal.value)
-    assert line.startswith("configuration 3d_fullres: patch 32x32x32 with 8 samples at once takes ")
+    assert line.startswith("configuration 3d_fullres: patch 32x32x32 with 64 samples at once takes ")
     assert f" {training.gigabytes:.1f} GB per GPU (nnU-Net's estimate), --vram is {limit:g}; what fits: " in line
     choices = {choice.flags: choice.gigabytes for choice in training.choices(limit)}
     assert [flags.split()[0] for flags in choices] == [
@@ -185,14 +203,30 @@ def test_what_would_fit_is_found_and_fits() -> None:
         words = flags.split()
         more = {"activation_checkpointing": True} if words[0] == "--activation-checkpointing" else {}
         more |= {word[2:].replace("-", "_"): int(size) for word, size in itertools.pairwise(words) if size.isdecimal()}
-        fitting = Training(network(**(options | more)), 8)
+        fitting = Training(network(**(options | more)), 64)
         assert fitting.gigabytes == pytest.approx(gigabytes)
         check_fits(fitting, limit)
     micro = int(next(iter(choices)).split()[1])
-    assert training.memory().gigabytes(8, micro + 1) > limit
+    assert training.memory().gigabytes(64, micro + 1) > limit
     assert not list(training.choices(0.001))
-    with pytest.raises(PlansError, match=r"--vram is 0\.001; give a smaller --patch-size, or more --num-gpus"):
+    with pytest.raises(PlansError, match=r"--vram is 0\.001; give a smaller --patch-size$"):
         check_fits(training, 0.001)
+
+
+def test_more_gpus_are_advised_only_where_a_sample_fits_one_and_changes_are_joined_last() -> None:
+    """Enforces fewer features with the smallest micro-batches where neither alone fits, and advice that would help."""
+    training = Training(network(**SMALL | {"batch_size": 2, "base_features": 8}), 2)
+    smaller = Training(network(**SMALL | {"batch_size": 2, "base_features": 4, "micro_batch_size": 1}), 2).gigabytes
+    (joined,) = training.choices(smaller + 1e-5)
+    assert joined.flags == "--micro-batch-size 1 --base-features 4"
+    assert joined.gigabytes == pytest.approx(smaller)
+    (joined,) = training.choices(smaller - 1e-5)
+    assert joined.flags == "--activation-checkpointing --micro-batch-size 1 --base-features 4"
+    # With the least of all in the network, only what waits of the batch is left, which more GPUs share.
+    least = {"micro_batch_size": 1, "activation_checkpointing": True, "base_features": 4}
+    training = Training(network(**SMALL | least | {"batch_size": 512}), 512)
+    with pytest.raises(PlansError, match=r"give a smaller --patch-size, or more --num-gpus$"):
+        check_fits(training, training.memory().gigabytes(1, 1))
 
 
 def test_groups_stay_whole_and_networks_without_stages_are_not_checkpointed() -> None:
@@ -201,6 +235,7 @@ def test_groups_stay_whole_and_networks_without_stages_are_not_checkpointed() ->
     limit = training.memory().gigabytes(9, 8)
     assert next(training.choices(limit)).flags == "--micro-batch-size 6"
     with mock.patch("nnunet_norm.planning.memory.checkpoint_stages", side_effect=ArchitectureError("no stages")):
+        training = Training(training.network, 9)
         assert not [choice for choice in training.choices(limit) if "checkpointing" in choice.flags]
     options = SMALL | {"base_features": None, "features_per_stage": [16] * 4}
     flags = [choice.flags.split()[0] for choice in Training(network(**options, batch_size=8), 8).choices(limit / 2)]

@@ -18,6 +18,7 @@ from nnunet_norm.planning.schedule import (
     EPOCHS,
     INITIAL_LR,
     ITERATIONS_PER_EPOCH,
+    VAL_ITERATIONS_PER_EPOCH,
     Schedule,
     kept_iterations,
     scaled_lr,
@@ -44,12 +45,10 @@ def test_what_no_plans_say_is_what_nnunet_trains_with(
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     stock = copy.deepcopy(plans) | {"continue_training": False}
     trainer = nnUNetTrainer(stock, "3d_fullres", 0, description, device=torch.device("cpu"))
-    assert (trainer.initial_lr, trainer.num_iterations_per_epoch, trainer.num_epochs) == (
-        INITIAL_LR,
-        ITERATIONS_PER_EPOCH,
-        EPOCHS,
-    )
-    assert Schedule.of(resolve_configuration(plans, "3d_fullres")) == Schedule(2, 250, 0.01, 0)
+    iterations = (trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch)
+    assert iterations == (ITERATIONS_PER_EPOCH, VAL_ITERATIONS_PER_EPOCH)
+    assert (trainer.initial_lr, trainer.num_epochs) == (INITIAL_LR, EPOCHS)
+    assert Schedule.of(resolve_configuration(plans, "3d_fullres")) == Schedule(2, 250, 50, 0.01, 0)
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100), st.integers(1, 100))
@@ -76,11 +75,24 @@ def test_a_larger_batch_scales_what_the_plans_have(plans: dict, caplog: pytest.L
     caplog.set_level(logging.INFO)
     once = derive_plans(plans, "3d_fullres", batch_size=16, lr_scaling="linear", keep_samples=True, warmup_epochs=5)
     assert once["plans_name"] == "nnUNetPlans_b16_keep_lrlin_warm5"
-    assert block(once) == {"num_iterations_per_epoch": 31, "initial_lr": pytest.approx(0.08), "warmup_epochs": 5}
+    assert block(once) == {
+        "num_iterations_per_epoch": 31,
+        "num_val_iterations_per_epoch": 6,
+        "initial_lr": pytest.approx(0.08),
+        "warmup_epochs": 5,
+    }
     assert "3d_fullres: learning rate 0.01 -> 0.08 (linear, batch 2 -> 16)" in caplog.text
     assert "250 iterations of 2 samples become 31 of 16: rounded, 496 samples per epoch instead of 500" in caplog.text
     twice = derive_plans(once, "3d_fullres", batch_size=4, lr_scaling="sqrt", keep_samples=True)
-    assert block(twice) == {"num_iterations_per_epoch": 124, "initial_lr": pytest.approx(0.04), "warmup_epochs": 5}
+    assert block(twice) == block(once) | {
+        "num_iterations_per_epoch": 124,
+        "num_val_iterations_per_epoch": 24,
+        "initial_lr": pytest.approx(0.04),
+    }
+    given = derive_plans(plans, "3d_fullres", batch_size=500, keep_samples=True, val_iterations_per_epoch=7)
+    assert block(given) == {"num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 7}
+    most = derive_plans(plans, "3d_fullres", batch_size=500, keep_samples=True)
+    assert block(most)["num_val_iterations_per_epoch"] == 1
     assert "31 iterations of 16 samples become 124 of 4\n" in caplog.text
     same = derive_plans(once, "3d_fullres", batch_size=4, lr_scaling="none")
     assert (block(same), same["plans_name"]) == (block(once), "nnUNetPlans_b16_keep_lrlin_warm5_b4_lrnone")
@@ -92,6 +104,7 @@ def test_what_follows_the_batch_stays_with_its_resolution(plans: dict) -> None:
     derived = derive_plans(plans, CASCADE, **options, activation_checkpointing=True, warmup_epochs=3)
     assert block(derived, CASCADE) == {
         "num_iterations_per_epoch": 62,
+        "num_val_iterations_per_epoch": 12,
         "initial_lr": pytest.approx(0.04),
         "micro_batch_size": 2,
         "activation_checkpointing": True,
@@ -112,7 +125,7 @@ def test_what_follows_the_batch_stays_with_its_resolution(plans: dict) -> None:
             {"keep_samples": True, "iterations_per_epoch": 9, "batch_size": 4},
             "keep_samples and iterations_per_epoch both",
         ),
-        ({"warmup_epochs": 0}, "warmup_epochs is 0; .*at least 1"),
+        ({"warmup_epochs": -1}, "warmup_epochs is -1; .*at least 0"),
         ({"checkpoint_minutes": -1}, r"nnunet_norm\.checkpoint_minutes is -1; .*at least 0"),
     ],
 )
@@ -121,6 +134,13 @@ def test_contradictions_are_refused_in_one_line(plans: dict, options: dict, mess
     with pytest.raises(PlansError, match=message) as refusal:
         derive_plans(plans, "2d", **options)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_warm_up_can_be_taken_back(plans: dict) -> None:
+    """Enforces that 0 epochs replace those of the plans derived from."""
+    derived = derive_plans(derive_plans(plans, "2d", warmup_epochs=5), "2d", warmup_epochs=0)
+    assert Schedule.of(resolve_configuration(derived, "2d")).warmup_epochs == 0
+    assert derived["plans_name"] == "nnUNetPlans_warm5_warm0"
 
 
 def test_off_is_an_answer_for_checkpointing_only(plans: dict) -> None:

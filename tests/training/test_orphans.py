@@ -31,6 +31,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+AGENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+CHILD = """
+import runpy, sys, time
+runpy.run_path(sys.argv[1])["end_with_parent"]()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
 def lives(pid):
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
@@ -46,6 +61,19 @@ def test_a_worker_ends_with_a_process_that_is_killed():
     pid, of_thread_lives = done.stdout.split()
     assert done.returncode == -9, done.stderr
     assert of_thread_lives == "True"
+    give_up = time.monotonic() + 30
+    while lives(pid) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not lives(pid)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a service of Linux")
+def test_a_process_ends_with_an_agent_that_is_killed():
+    """It does not train on, unseen."""
+    with subprocess.Popen([sys.executable, "-c", AGENT, ORPHANS, CHILD], stdout=subprocess.PIPE, text=True) as started:
+        pid = started.stdout.readline().strip()
+        assert lives(pid)
+        started.kill()
     give_up = time.monotonic() + 30
     while lives(pid) and time.monotonic() < give_up:
         time.sleep(0.05)

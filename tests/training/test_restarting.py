@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from nnunet_norm.errors import OutputError
+from nnunet_norm.errors import LaunchError, OutputError
 from nnunet_norm.training.restarting import MARKER, agent, begin_or_resume, newest_checkpoint
 
 FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
@@ -23,11 +23,22 @@ def write(folder, name, seconds, content=0):
 def test_the_newest_whole_checkpoint_counts(tmp_path):
     """Not the final one of an older training, and not one that was cut off."""
     assert newest_checkpoint(tmp_path) is None
-    write(tmp_path, FINAL, 1000)
     write(tmp_path, BEST, 2000)
     write(tmp_path, LATEST, 3000)
     assert newest_checkpoint(tmp_path) == tmp_path / LATEST
+    write(tmp_path, FINAL, 1000)
+    assert newest_checkpoint(tmp_path) == tmp_path / LATEST
     (tmp_path / LATEST).write_bytes((tmp_path / LATEST).read_bytes()[:100])
+    (tmp_path / FINAL).unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / BEST
+
+
+def test_a_finished_training_is_finished(tmp_path):
+    """Also in a copy whose best checkpoint got the later time."""
+    write(tmp_path, FINAL, 1000)
+    write(tmp_path, BEST, 2000)
+    assert newest_checkpoint(tmp_path) == tmp_path / FINAL
+    write(tmp_path, LATEST, 1500)  # another training has begun
     assert newest_checkpoint(tmp_path) == tmp_path / BEST
 
 
@@ -61,6 +72,18 @@ def test_a_machine_that_is_replaced_does_not_make_another_run(tmp_path):
     write(tmp_path, LATEST, 1000)
     for agents in (["a", "c"], ["c", "d"], ["d", "e"]):
         assert begin_or_resume(tmp_path, agents) == tmp_path / LATEST
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch):
+    """The second while the first goes on; and a restart of the first after a second one began all the same."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    begin_or_resume(tmp_path, [agent()])  # this process's parent: it runs
+    with pytest.raises(LaunchError, match=rf"a training goes on in .* \(process {os.getppid()}\)"):
+        begin_or_resume(tmp_path, ["host 1 2"])
+    assert begin_or_resume(tmp_path, [agent()], started_again=True) is None
+    (tmp_path / MARKER).write_text(json.dumps({"agents": ["host 1 2"], "before": {}}))
+    with pytest.raises(LaunchError, match=r"another training began in .* after this one"):
+        begin_or_resume(tmp_path, [agent()], started_again=True)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"agents": 3}', json.dumps({"agents": ["a"]})])

@@ -9,6 +9,7 @@ from torch import nn
 
 from nnunet_norm.errors import PlansError
 from nnunet_norm.layers import BatchNorm3d, BatchRenorm3d, find_norms
+from nnunet_norm.training.scaled_trainer import ScaledTrainer
 
 STEPS = 3
 
@@ -189,3 +190,22 @@ def test_stock_norms_of_the_plans_can_be_run_often(dataset):
     )
     fresh.load_state_dict(trainer.bare_network.state_dict())
     assert {type(norm) for norm in find_norms(fresh).values()} == {nn.BatchNorm3d}
+
+
+def test_norms_that_wait_for_each_other_need_equally_many_micro_batches(dataset, monkeypatch):
+    """Two processes with 3 and 2 samples in parts of 2 would run the network twice and once; the log counts both."""
+    dataset.plans(name="wait", batch_size=5, micro_batch_size=2, batch_renorm={"sync": "full"})
+    trainer = dataset.trainer("nnUNetTrainerBRN", plans="wait")
+    trainer.initialize()
+    assert "normalize 2 samples at a time" in log_of(trainer)
+    monkeypatch.setattr(ScaledTrainer, "num_processes", 2)
+    assert trainer.normalization_batch_size == 4
+    with pytest.raises(PlansError, match=r"batch_size 5 gives the 2 processes 2 or 3 samples.*micro-batches of 2"):
+        trainer._check_micro_batches()
+
+
+def test_a_warm_up_longer_than_the_training_is_told(dataset):
+    dataset.plans(name="warm", warmup_epochs=3)
+    trainer = dataset.trainer("nnUNetTrainerGN_2epochs", plans="warm")
+    trainer.initialize()
+    assert "rises over 3 epochs, and the training has 2" in log_of(trainer)

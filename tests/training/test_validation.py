@@ -14,7 +14,8 @@ INSTANCE, BRN = "nnUNetTrainerInstanceNorm_1epochs", "nnUNetTrainerBRN_1epochs"
 
 def validated(dataset, name, fold="all", **changes):
     """A trainer that has validated after a step or two: its report and its log."""
-    dataset.plans(name="short", iterations_per_epoch=1, **changes)
+    # With a seed: a map that is almost constant, as chance may make one, has its rounding enlarged by InstanceNorm.
+    dataset.plans(name="short", iterations_per_epoch=1, seed=0, **changes)
     trainer = dataset.trainer(name, plans="short", fold=fold)
     trainer.run_training()
     trainer.perform_actual_validation()
