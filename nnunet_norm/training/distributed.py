@@ -184,14 +184,18 @@ def agree(parts: Mapping[str, Any]) -> None:
             )
 
 
-def of_all_processes(value: Any) -> list[tuple[str, Any]]:
-    """Every process's host and value, in the order of the ranks; of this one alone without a process group."""
-    own = (socket.gethostname(), value)
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """``value`` of every process, in the order of the ranks; of this one alone without a process group."""
     if not dist.is_initialized():
-        return [own]
+        return [value]
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
+    dist.all_gather_object(every, value, group=group)
     return every
+
+
+def of_all_processes(value: Any) -> list[tuple[str, Any]]:
+    """Every process's host and value, see :func:`gathered`."""
+    return gathered((socket.gethostname(), value))
 
 
 def check_shared(folder: str | Path) -> None:

@@ -89,6 +89,10 @@ class ScaledTrainer(nnUNetTrainer):
                 setattr(self, name, value)
         self._step_of_epoch = 0
         self._time_of_checkpoint = time.monotonic()
+        self.set_up()
+
+    def set_up(self) -> None:
+        """What a subclass begins with: nnU-Net wants the signature of ``__init__`` in every class that has one."""
 
     @staticmethod
     def _any_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -119,14 +123,6 @@ class ScaledTrainer(nnUNetTrainer):
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of nnU-Net's own steps: half on CUDA, single elsewhere."""
         return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
-
-    def gathered(self, value: Any, group: Any = None) -> list[Any]:
-        """``value`` of every process."""
-        if not self.is_ddp:
-            return [value]
-        values: list[Any] = [None] * self.num_processes
-        dist.all_gather_object(values, value, group=group)
-        return values
 
     def initialize(self) -> None:
         """Build everything, then fit the network to how its steps are made."""

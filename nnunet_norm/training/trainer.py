@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -19,6 +18,7 @@ from nnunet_norm.training.disparity import (
     default_disparity_batches,
     measure_disparity,
 )
+from nnunet_norm.training.distributed import gathered
 from nnunet_norm.training.initial_statistics import InitialStatistics
 from nnunet_norm.training.scaled_trainer import ScaledTrainer
 from nnunet_norm.training.validation import ValidationPredictor, halo_validation
@@ -55,15 +55,9 @@ class NormTrainer(ScaledTrainer):
     validation_predictor: ClassVar[type[ValidationPredictor]] = ValidationPredictor
     """What the final validation predicts and measures with."""
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature, which it reads back
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def set_up(self) -> None:
+        """See ``ScaledTrainer``."""
+        super().set_up()
         self.disparity_batches = self.settings.disparity_batches or default_disparity_batches(
             self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         )
@@ -190,7 +184,7 @@ class NormTrainer(ScaledTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log the disparity of all processes together."""
         super().on_validation_epoch_end(val_outputs)
-        disparity = Disparity.of(sum(self.gathered(self._disparity_counts), DisparityCounts()))
+        disparity = Disparity.of(sum(gathered(self._disparity_counts), DisparityCounts()))
         self.log_disparity(disparity)
 
     def log_disparity(self, disparity: Disparity) -> None:

@@ -29,7 +29,7 @@ from nnunet_norm.prediction import (
 )
 from nnunet_norm.prediction.memory import anonymous_memory, default_max_memory
 from nnunet_norm.training.disparity import Disparity, DisparityCounts, measure_disparity
-from nnunet_norm.training.distributed import patient_barriers
+from nnunet_norm.training.distributed import gathered, patient_barriers
 from nnunet_norm.training.patches import foreground_of, foreground_patches, whole_batches
 from nnunet_norm.training.reporting import mismatch_as_dict, named, none_for_nan
 from nnunet_norm.writing import write_json
@@ -193,7 +193,7 @@ def halo_validation(trainer: NormTrainer) -> Iterator[None]:
 def _gathered_report(trainer: NormTrainer, predictor: ValidationPredictor, group: Any) -> dict[str, Any]:
     predictor.measure_batches()
     measured = (predictor.counts, predictor.differences, predictor.of_tiles, predictor.plans, predictor.num_cases)
-    counts, differences, of_tiles, plans, cases = zip(*trainer.gathered(measured, group), strict=True)
+    counts, differences, of_tiles, plans, cases = zip(*gathered(measured, group), strict=True)
     disparity = Disparity.of(sum(counts, DisparityCounts()))
     mismatch, tiles = (summarize(list(itertools.chain.from_iterable(parts))) for parts in (differences, of_tiles))
     unique: list[dict[str, Any]] = []

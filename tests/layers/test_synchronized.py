@@ -1,9 +1,6 @@
 """Norms and the estimator in two real processes: what the batches of both give is what one process with all of them gets."""
 
-import os
-import subprocess
 import sys
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,6 +19,9 @@ from nnunet_norm.layers import (
     find_norms,
 )
 from nnunet_norm.statistics import estimate_population_statistics, norms_in_train_mode
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_processes import found_by_both, one_of_two
 
 SPLITS = {"unequal": [2, 3], "one is empty": [5, 0]}
 STEPS = 4
@@ -210,39 +210,14 @@ def scenarios(rank):
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=SECONDS),
-    )
-    torch.save(scenarios(rank), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two(rank, folder, SECONDS):
+        torch.save(scenarios(rank), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=SECONDS)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return found_by_both(__file__, tmp_path_factory.mktemp("processes"), SECONDS, TORCHINDUCTOR_COMPILE_THREADS="1")
 
 
 def close(mine, expected, tolerance=1e-10):

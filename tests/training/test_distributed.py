@@ -1,7 +1,6 @@
 """Two real processes (gloo): none waits for the other for ever, buffers are shared, one writes, and both refuse together."""
 
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +28,9 @@ from nnunet_norm.training.distributed import (
     refused_by_all,
     share_buffers,
 )
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_processes import found_by_both, one_of_two
 
 SECONDS = 60
 """After which a scenario that waits has failed."""
@@ -159,16 +161,13 @@ def written(rank, folder):
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        *("gloo", f"file://{folder}/store"), rank=rank, world_size=2, timeout=timedelta(seconds=SECONDS)
-    )
-    found = {"ours": our_ddp(rank), "shared": shared(rank), "said": refusals(rank, folder)}
-    found["written"] = written(rank, folder)
-    found["stock"] = stock_ddp(rank)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a group with a call that was given up cannot be taken down in good order
+    with one_of_two(rank, folder, SECONDS):
+        found = {"ours": our_ddp(rank), "shared": shared(rank), "said": refusals(rank, folder)}
+        found["written"] = written(rank, folder)
+        found["stock"] = stock_ddp(rank)
+        torch.save(found, folder / f"{rank}.pt")
+        dist.barrier()
+        os._exit(0)  # a group with a call that was given up cannot be taken down in good order
 
 
 @pytest.fixture(scope="module")
@@ -179,25 +178,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both(folder):
     """What each of two processes found."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=3 * SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return found_by_both(__file__, folder, 3 * SECONDS)
 
 
 def test_torchs_default_hangs_when_processes_predict_unequal_numbers_of_tiles(both):

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -21,6 +19,9 @@ from torch import nn
 from nnunet_norm.errors import PlansError
 from nnunet_norm.training.losses import LOSSES, DicePerimeterLoss, PerimeterLoss, TopKOrLargest, build_loss
 from nnunet_norm.training.losses.perimeter import soft_contour
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_processes import one_of_two
 
 CLASSES = 3
 IGNORE = 3
@@ -368,17 +369,8 @@ def in_processes(rank):
 
 def join(rank, folder):
     """Do it as one of two processes."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=SECONDS),
-    )
-    try:
+    with one_of_two(rank, folder, SECONDS):
         return in_processes(rank)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", autouse=True)

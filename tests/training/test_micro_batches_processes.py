@@ -1,14 +1,10 @@
 """Micro-batches, checkpoints and steps in two real processes: gradients of DDP, running statistics of both."""
 
-import os
-import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -17,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_norm.layers import checkpoint_stages, convert_norm, fit_for_steps, one_step, tracking_norms
 from nnunet_norm.training.micro_batches import MicroBatches
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_processes import found_by_both, one_of_two
 
 SIZE = 2
 EQUAL = (3, 3)
@@ -148,41 +147,14 @@ NORMS = {
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=SECONDS),
-    )
-    torch.save(scenarios(rank), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of_two(rank, folder, SECONDS):
+        torch.save(scenarios(rank), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.STDOUT,
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=SECONDS)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return found_by_both(__file__, tmp_path_factory.mktemp("processes"), SECONDS)
 
 
 def close(mine, expected):
@@ -229,7 +201,7 @@ def test_running_statistics_are_those_of_one_process_with_all_samples(both, norm
 
 
 def test_norms_that_wait_normalize_micro_batches_of_both_processes(both):
-    """As one process whose micro-batches are those of both joined: gradients, and statistics of all norms."""
+    """As one process whose micro-batches are those of both one_of_two: gradients, and statistics of all norms."""
     network = build("batch_norm")
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     for step in range(3):
