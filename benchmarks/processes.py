@@ -5,8 +5,9 @@
 IMAGES holds ``hippocampus_msd04``. nnU-Net preprocesses it, and ``nnunet-norm train`` trains the same small 3d network in
 one process and in two (gloo, on the CPU, one thread each), with the same number of samples per optimizer step over all
 processes, through the final validation. With two processes each normalizes its own half of the batch, and r and d refer to
-running statistics of both halves. Trainings of a seed begin with the same weights and draw other patches: curves are to be
-compared with the spread of seeds, not point by point.
+running statistics of both halves; with ``sync=full`` both normalize with the whole batch, as one process does. Trainings of a
+seed begin with the same weights and draw other patches: curves are to be compared with the spread of seeds, not point by
+point.
 
 Everything in FOLDER is kept: started again, the benchmark goes on where it was. Results: OUT/processes.json, .md and .png.
 """
@@ -34,7 +35,12 @@ from nnunet_norm.writing import write_json, written_beside
 
 DATASET = DATASETS["hippocampus"]
 TRAINER = "nnUNetTrainerBRN"
-COLORS = {1: "tab:blue", 2: "tab:orange"}
+WAYS = {
+    "1 process": (1, "running", "tab:blue"),
+    "2 processes": (2, "running", "tab:orange"),
+    "2 processes, sync=full": (2, "full", "tab:green"),
+}
+"""Number of processes, what they share, and a colour; the last normalizes with the batch of both."""
 CURVES = {"train_losses": "training loss", "val_losses": "validation loss", "mean_fg_dice": "pseudo Dice"}
 
 
@@ -54,10 +60,12 @@ class Processes(Training):
         run("nnunet-norm", "train", *what, "-device", "cpu", "-num_gpus", str(self.number), *continue_flag(self.fold))
 
 
-def training(number: int, seed: int, args: argparse.Namespace) -> Processes:
-    """The training of ``number`` processes and a seed."""
+def training(way: str, seed: int, args: argparse.Namespace) -> Processes:
+    """The training of one of :data:`WAYS` and a seed."""
+    number, sync, _ = WAYS[way]
     patch = "x".join(map(str, args.patch))
     plans = f"processes{number}_b{args.batch}_f{args.features}_{args.iterations}it_p{patch}_seed{seed}"
+    plans += "_full" * (sync == "full")
     length = ["--iterations-per-epoch", args.iterations, "--val-iterations-per-epoch", max(args.iterations // 10, 1)]
     sizes = [
         "--base-features",
@@ -69,19 +77,18 @@ def training(number: int, seed: int, args: argparse.Namespace) -> Processes:
         "--patch-size",
         *args.patch,
     ]
-    changes = tuple(map(str, [*sizes, *length, "--seed", seed]))
-    title = f"{number} process{'es' * (number > 1)}, seed {seed}"
-    return Processes(title, DATASET, TRAINER, args.epochs, plans, changes, args.work, number)
+    changes = tuple(map(str, [*sizes, *length, "--seed", seed, "--batch-renorm", f"sync={sync}"]))
+    return Processes(f"{way}, seed {seed}", DATASET, TRAINER, args.epochs, plans, changes, args.work, number)
 
 
-def result_of(run: Processes, seed: int) -> dict[str, Any]:
+def result_of(run: Processes, way: str, seed: int) -> dict[str, Any]:
     """Curves and final figures of a finished training."""
     log = torch.load(run.checkpoint, map_location="cpu", weights_only=False)["logging"]
     summary = json.loads((run.fold / "validation" / "summary.json").read_text())
     report = json.loads((run.fold / "validation" / "norm_report.json").read_text())
     seconds = [e - s for s, e in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)]
     return {
-        "processes": run.number,
+        "way": way,
         "seed": seed,
         "dice": summary["foreground_mean"]["Dice"],
         "disparity": report["train_eval_disparity"]["mean"],
@@ -96,10 +103,9 @@ def draw(results: list[dict[str, Any]]) -> plt.Figure:
     fig, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.8), layout="constrained")
     for axis, (key, label) in zip(axes, CURVES.items(), strict=True):
         for result in results:
-            number = result["processes"]
-            first = result["seed"] == results[0]["seed"]
-            name = f"{number} process{'es' * (number > 1)}" if first else None
-            axis.plot(result["curves"][key], color=COLORS[number], label=name, linewidth=1.2)
+            way = result["way"]
+            name = way if result["seed"] == results[0]["seed"] else None
+            axis.plot(result["curves"][key], color=WAYS[way][-1], label=name, linewidth=1.2)
         axis.set(xlabel="epoch", ylabel=label)
     axes[0].legend()
     fig.suptitle(
@@ -110,14 +116,14 @@ def draw(results: list[dict[str, Any]]) -> plt.Figure:
 
 def markdown(found: dict[str, Any]) -> str:
     """The report."""
-    rows = [["processes", "Dice of the final validation", "disparity", "last training loss", "seconds per epoch"]]
-    for number in sorted({result["processes"] for result in found["results"]}):
-        of = [result for result in found["results"] if result["processes"] == number]
+    rows = [["", "Dice of the final validation", "disparity", "last training loss", "seconds per epoch"]]
+    for way in WAYS:
+        of = [result for result in found["results"] if result["way"] == way]
         losses = [mean(result["curves"]["train_losses"][-3:]) for result in of]
         keys = ("dice", "disparity")
         values = [spread([result[key] for result in of if result[key] is not None]) for key in keys]
         seconds = spread([result["seconds_per_epoch"] for result in of])
-        rows.append([str(number), *values, spread(losses), seconds])
+        rows.append([way, *values, spread(losses), seconds])
     about = found["arguments"]
     patch = "x".join(map(str, about["patch"]))
     return "\n".join(
@@ -133,7 +139,8 @@ def markdown(found: dict[str, Any]) -> str:
             "",
             "![Training loss, validation loss and pseudo Dice by epoch](processes.png)",
             "",
-            "*Curves of one process and of two with half the batch each. The training loss is the mean over processes.*",
+            "*A line per seed. Two processes normalize half the batch each, or with sync=full the whole batch, as one "
+            "process does. The training loss is the mean over processes.*",
             "",
         ]
     )
@@ -165,11 +172,11 @@ def main() -> None:
     prepare(DATASET, args.work, lambda folder: make_raw(DATASET, cases_of("hippocampus", args.data), folder))
     results = []
     for seed in args.seeds:
-        for number in COLORS:
-            run = training(number, seed, args)
+        for way in WAYS:
+            run = training(way, seed, args)
             run.make_plans()
             run.run()
-            results.append(result_of(run, seed))
+            results.append(result_of(run, way, seed))
     found = {
         "command": command("processes.py", sys.argv[1:], ("--data", "--work", "--out")),
         "machine": machine("cpu"),
