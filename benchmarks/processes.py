@@ -137,6 +137,9 @@ def markdown(found: dict[str, Any]) -> str:
             "",
             table(rows),
             "",
+            "A step of two processes with sync=full is that of one process with the whole batch, to rounding "
+            "(`tests/training/test_scaled_trainer_processes.py`); these trainings differ in the patches that they draw.",
+            "",
             "![Training loss, validation loss and pseudo Dice by epoch](processes.png)",
             "",
             "*A line per seed. Two processes normalize half the batch each, or with sync=full the whole batch, as one "
