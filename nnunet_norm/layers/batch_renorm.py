@@ -21,7 +21,6 @@ from nnunet_norm.layers.renormalization import (
     fold,
     scheduled_limits,
     step,
-    step_so_far,
     update_if_finite,
 )
 from nnunet_norm.layers.running import RunningNorm
@@ -54,8 +53,9 @@ def _compiled_step(
     warmup_steps: int,
     ramp_steps: int,
     sync: str,
+    taking_in: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    schedule = (r_max, d_max, warmup_steps, ramp_steps, sync)
+    schedule = (r_max, d_max, warmup_steps, ramp_steps, sync, taking_in)
     of = step(mean, var, running_mean, running_var, num_batches_tracked, count, momentum, eps, *schedule)
     # An operator must not return what it was given.
     return of.mean.clone(), of.var.clone(), of.r, of.d, mean.new_zeros(()) if of.number is None else of.number
@@ -63,38 +63,8 @@ def _compiled_step(
 
 @_compiled_step.register_fake
 def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like_a_step(mean, var)
-
-
-def _like_a_step(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     vectors = (torch.empty_like(mean), torch.empty_like(var), torch.empty_like(mean), torch.empty_like(var))
     return (*vectors, mean.new_empty(()))
-
-
-# Opaque as well: with sync="full" it is a collective call, which is made where it stands, once.
-@torch.library.custom_op("nnunet_norm::batch_renorm_step_so_far", mutates_args=())
-def _compiled_step_so_far(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    count: int,
-    eps: float,
-    r_max: float,
-    d_max: float,
-    warmup_steps: int,
-    ramp_steps: int,
-    sync: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    schedule = (r_max, d_max, warmup_steps, ramp_steps, sync)
-    of = step_so_far(mean, var, running_mean, running_var, num_batches_tracked, count, eps, *schedule)
-    return of.mean.clone(), of.var.clone(), of.r, of.d, mean.new_zeros(()) if of.number is None else of.number
-
-
-@_compiled_step_so_far.register_fake
-def _(mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like_a_step(mean, var)
 
 
 class BatchStatisticsNorm(RunningNorm, SteppingNorm):
@@ -157,15 +127,13 @@ class BatchStatisticsNorm(RunningNorm, SteppingNorm):
     def _of_step(self, x: Tensor, sync: str) -> Step:
         """What ``x`` is normalized with; it is taken in, or collected if the step has more to come."""
         mean, var = batch_statistics(x)
-        count, compiling = x.numel() // x.size(1), torch.compiler.is_compiling()
-        given: tuple[Any, ...] = (mean, var, self.running_mean, self.running_var, self.num_batches_tracked, count)
-        schedule: tuple[Any, ...] = (self.eps, self.r_max, self.d_max, self.warmup_steps, self.ramp_steps, sync)
-        if self.collected is None:
-            taking_in: Any = _compiled_step if compiling else step
-            return Step(*taking_in(*given, self.momentum, *schedule))
-        collect(self, mean, var, count)
-        so_far: Any = _compiled_step_so_far if compiling else step_so_far
-        return Step(*so_far(*given, *schedule))
+        count, taking_in = x.numel() // x.size(1), self.collected is None
+        if not taking_in:
+            collect(self, mean, var, count)
+        buffers: tuple[Any, ...] = (self.running_mean, self.running_var, self.num_batches_tracked)
+        schedule = (self.eps, self.r_max, self.d_max, self.warmup_steps, self.ramp_steps, sync, taking_in)
+        run: Any = _compiled_step if torch.compiler.is_compiling() else step
+        return Step(*run(mean, var, *buffers, count, self.momentum, *schedule))
 
     @property
     def _is_batch_norm(self) -> bool:

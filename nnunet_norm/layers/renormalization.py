@@ -87,13 +87,15 @@ def step(
     warmup_steps: int,
     ramp_steps: int,
     sync: str,
+    taking_in: bool,
 ) -> Step:
     """What this batch is normalized with, by the statistics before it; then the running statistics take the batch in.
 
     The weight of the newest batch is ``max(momentum, 1 / t)`` at step t (torch's cumulative average, then its exponential
     one), so that the zeros and ones which the buffers begin with have no part in them after the first step. With limits
     that never open it is ``momentum``, as in BatchNorm. ``mean``, ``var`` and ``count`` are those of this process's batch;
-    the running statistics take in the batches of all processes, unless ``sync`` is "none".
+    the running statistics take in the batches of all processes, unless ``sync`` is "none". Without ``taking_in`` this is one
+    of several batches of a step: nothing is taken in yet.
     """
     steps = num_batches_tracked.to(mean.dtype)
     limits = scheduled_limits(steps, warmup_steps, ramp_steps, r_max, d_max)
@@ -101,43 +103,20 @@ def step(
     old_mean, old_var = running_mean.to(mean.dtype), running_var.to(var.dtype)
     taken_mean, taken_var, total = mean, var, None
     bessel: float | Tensor = count / max(count - 1, 1)
-    if sync != "none":
+    if sync == "full" or (sync == "running" and taking_in):
         total, taken_mean, taken_var = across_processes(mean, var, count)
         bessel = (total / (total - 1)).to(var.dtype)
     if sync == "full":
         mean, var = taken_mean, taken_var
     r, d = clip(*correction_of(mean, var, old_mean, old_var, eps), limits)
-    if momentum is not None and r_max == 1 and d_max == 0:
-        weight = torch.full_like(steps, momentum)  # BatchNorm's own average
-    else:
-        weight = (1 / (steps + 1)).clamp(min=momentum or 0.0)
-    updated = torch.lerp(old_mean, taken_mean, weight), torch.lerp(old_var, taken_var * bessel, weight)
-    update_if_finite((running_mean, running_var), updated, num_batches_tracked)
+    if taking_in:
+        if momentum is not None and r_max == 1 and d_max == 0:
+            weight = torch.full_like(steps, momentum)  # BatchNorm's own average
+        else:
+            weight = (1 / (steps + 1)).clamp(min=momentum or 0.0)
+        updated = torch.lerp(old_mean, taken_mean, weight), torch.lerp(old_var, taken_var * bessel, weight)
+        update_if_finite((running_mean, running_var), updated, num_batches_tracked)
     return Step(mean, var, r, d, total.to(mean.dtype) if sync == "full" and total is not None else None)
-
-
-def step_so_far(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    count: int,
-    eps: float,
-    r_max: float,
-    d_max: float,
-    warmup_steps: int,
-    ramp_steps: int,
-    sync: str,
-) -> Step:
-    """What one of several batches of a step is normalized with: :func:`step`, and nothing is taken in yet."""
-    number = None
-    if sync == "full":
-        total, mean, var = across_processes(mean, var, count)
-        number = total.to(mean.dtype)
-    limits = scheduled_limits(num_batches_tracked.to(mean.dtype), warmup_steps, ramp_steps, r_max, d_max)
-    corrections = correction_of(mean, var, running_mean.to(mean.dtype), running_var.to(var.dtype), eps)
-    return Step(mean, var, *clip(*corrections, limits), number)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from nnunet_norm.layers import (
     fit_for_steps,
     one_step,
 )
-from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.planning.batches import check_shares, shares
 from nnunet_norm.prediction.model_writing import checkpoint_beside
 from nnunet_norm.receptive_field.trace import unwrapped
 from nnunet_norm.settings import CHECKPOINT_MINUTES, NormSettings
@@ -187,13 +187,12 @@ class ScaledTrainer(nnUNetTrainer):
 
     def _check_micro_batches(self) -> None:
         size, batch_size = self.settings.micro_batch_size, self.configuration_manager.batch_size
-        least = batch_size // self.num_processes
-        most = math.ceil(batch_size / self.num_processes)
-        if self._norms_wait and self.num_micro_batches(least) != self.num_micro_batches(most):
+        parts = set(shares(batch_size, self.num_processes))
+        if self._norms_wait and len({self.num_micro_batches(part) for part in parts}) > 1:
             raise PlansError(
-                f"plans: batch_size {batch_size} gives the {self.num_processes} processes {least} or {most} samples, in "
-                f"unequal numbers of micro-batches of {size}, and norms wait for all of them: choose a batch size that "
-                f"{self.num_processes} divides"
+                f"plans: batch_size {batch_size} gives the {self.num_processes} processes "
+                f"{' or '.join(map(str, sorted(parts)))} samples, in unequal numbers of micro-batches of {size}, and norms "
+                f"wait for all of them: choose a batch size that {self.num_processes} divides"
             )
         if not self._in_micro_batches:
             return
