@@ -20,7 +20,6 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.plan_checks import check_training
 from nnunet_norm.commands.plan_options import OPTIONS, add_changes
-from nnunet_norm.commands.plan_recipes import find_recipe
 from nnunet_norm.errors import ExperimentalBatchesError, PlansError, SetupError
 from nnunet_norm.experimental_batches import (
     find_experimental_batches,
@@ -33,6 +32,7 @@ from nnunet_norm.planning import cascade, derive_plans, load_plans, resolve_conf
 from nnunet_norm.planning.batches import check_shares
 from nnunet_norm.planning.configurations import Configuration, Plans
 from nnunet_norm.planning.options import given
+from nnunet_norm.planning.recipes import find_recipe
 
 TRAINERS = {
     "norm_op": "nnUNetTrainerNorm",

@@ -1,4 +1,4 @@
-"""Recipes of ``nnunet-norm plan``: modules of ``plans/``, found by name."""
+"""Recipes: modules of ``plans/``, found by name."""
 
 import functools
 import importlib
@@ -26,6 +26,11 @@ class Recipe:
     losses: tuple[str, ...]
 
 
+def recipe_names() -> list[str]:
+    """The modules of ``plans/``."""
+    return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(RECIPES).__path__))
+
+
 def find_recipe(name: str, setting: str | None = None) -> Recipe:
     """The function ``derive`` of a module in ``plans/``, and its ``LOSSES``, if any.
 
@@ -34,9 +39,8 @@ def find_recipe(name: str, setting: str | None = None) -> Recipe:
     Raises:
         PlansError: no such recipe or setting (those that are there are listed), a setting missing, or one too many.
     """
-    there = sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(RECIPES).__path__))
-    if name not in there:
-        raise PlansError(f"--recipe {name} is not known; choose from {', '.join(there)}")
+    if name not in recipe_names():
+        raise PlansError(f"--recipe {name} is not known; choose from {', '.join(recipe_names())}")
     module = importlib.import_module(f"{RECIPES}.{name}")
     settings = getattr(module, "SETTINGS", ())
     derive: Callable[..., dict[str, Any]] = module.derive
