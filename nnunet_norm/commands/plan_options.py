@@ -6,6 +6,7 @@ from nnunet_norm.planning.schedule import LR_SCALINGS
 
 OPTIONS = {
     "batch_size": "--batch-size",
+    "batch_dice": "--batch-dice",
     "patch_size": "--patch-size",
     "micro_batch_size": "--micro-batch-size",
     "activation_checkpointing": "--activation-checkpointing",
@@ -42,6 +43,11 @@ def add_changes(parser: argparse.ArgumentParser) -> None:
 
 def _add_batch_and_network(changes: argparse._ArgumentGroup) -> None:
     changes.add_argument("--batch-size", type=int, metavar="N", help="samples per optimizer step, over all GPUs")
+    changes.add_argument(
+        "--batch-dice",
+        action=argparse.BooleanOptionalAction,
+        help="the Dice loss of the whole batch, or the mean over its samples",
+    )
     changes.add_argument(
         "--micro-batch-size", type=int, metavar="N", help="samples of a GPU at once; gradients are added up"
     )

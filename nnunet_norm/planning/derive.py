@@ -40,6 +40,7 @@ def derive_plans(
     *,
     plans_name: str | None = None,
     batch_size: int | None = None,
+    batch_dice: bool | None = None,
     micro_batch_size: int | None = None,
     activation_checkpointing: bool | None = None,
     patch_size: Sequence[int] | None = None,
@@ -79,6 +80,7 @@ def derive_plans(
         plans_name: of the result; by default the old name with what was asked for, e.g.
             ``nnUNetPlans_b16_p64x160x160_s4_f8_it10_seed1``.
         batch_size: samples per optimizer step, over all GPUs.
+        batch_dice: whether the Dice loss is that of the whole batch (True) or the mean over its samples (False).
         micro_batch_size: samples of one process that go through the network at once; their gradients are added up.
         activation_checkpointing: compute activations again for the gradient instead of keeping them; False turns it off.
         patch_size: voxels per axis, in the order of the plans (after nnU-Net's transposition). The strides are kept; a
@@ -144,8 +146,7 @@ def _changes(resolved: Configuration, name: str, asked: dict[str, Any], is_named
     changes: Configuration = {}
     architecture = require_architecture(resolved, name)
     locate(architecture["network_class_name"], "network_class_name", name)
-    if "batch_size" in asked:
-        changes["batch_size"] = asked["batch_size"]
+    changes |= {key: asked[key] for key in ("batch_size", "batch_dice") if key in asked}
     patch: list[int] = asked["patch_size"] if "patch_size" in asked else resolved["patch_size"]
     ndim = len(resolved["patch_size"])
     if len(patch) != ndim:

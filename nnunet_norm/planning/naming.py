@@ -53,6 +53,8 @@ PREFIXES = {
 SWITCHES = {
     ("replan_topology", True): "replan",
     ("keep_samples", True): "keep",
+    ("batch_dice", True): "bdice",
+    ("batch_dice", False): "sdice",
     ("activation_checkpointing", True): "ckpt",
     ("activation_checkpointing", False): "nockpt",
 }
@@ -62,15 +64,15 @@ SWITCHES = {
 def new_name(old: str, new: str | None, asked: dict[str, Any]) -> str:
     """``new``, or the old name and what was asked for (not what differs: runs of a sweep are named alike)."""
     if new is None:
-        new = "_".join([old, *(_short(key, value) for key, value in asked.items())])
+        new = "_".join([old, *(short(key, value) for key, value in asked.items())])
     if new == old:
         raise PlansError(f"plans_name {new} is that of the plans derived from; results of both would share a folder")
     check_plans_name(new)
     return new
 
 
-def _short(option: str, value: Any) -> str:
-    """One option in the default name: ``b16``, ``p64x160x160``, ``replan``, ``s4``, ``f8``, ``GroupNorm``, ``it10``."""
+def short(option: str, value: Any) -> str:
+    """One option, as it stands in the default name: ``b16``, ``p64x160x160``, ``replan``, ``s4``, ``GroupNorm``."""
     if isinstance(value, bool):
         return SWITCHES[option, value]
     if isinstance(value, BatchRenormSettings):

@@ -9,7 +9,7 @@ from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.schedule import LR_SCALINGS
 
 NAMED_ONLY = {
-    *("batch_size", "patch_size", "replan_topology"),
+    *("batch_size", "batch_dice", "patch_size", "replan_topology"),
     *("micro_batch_size", "activation_checkpointing", "lr_scaling", "keep_samples"),
 }
 """What is bound to a resolution and to the memory it takes: never carried over to the other stage of a cascade."""
@@ -51,11 +51,13 @@ SETTINGS = {
 SCALED = ("keep_samples", "lr_scaling")
 """Options that set an entry of the block by the ratio of the new batch to the old one."""
 
-OPTIONS = ("batch_size", "patch_size", "replan_topology", *ARCHITECTURE, *SCALED, *SETTINGS)
+OPTIONS = ("batch_size", "batch_dice", "patch_size", "replan_topology", *ARCHITECTURE, *SCALED, *SETTINGS)
 """Everything that can be asked for, in the order in which it stands in the default name."""
 
 SWITCHES = {"replan_topology", "keep_samples"}
-"""Options that are off where they are not asked for; ``activation_checkpointing`` may be asked to be off."""
+"""Options that are off where they are not asked for; those of :data:`EITHER` may be asked to be off."""
+
+EITHER = {"batch_dice", "activation_checkpointing"}
 
 EXCLUSIVE = (
     ("base_features", "features_per_stage", "how many features"),
@@ -94,6 +96,9 @@ def asked_for(options: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(asked[name], Iterable) or isinstance(asked[name], str):
             raise PlansError(f"{name} is {asked[name]!r}; it must be a sequence of whole numbers")
         asked[name] = [_whole(name, value, 1) for value in asked[name]]
+    for name in EITHER & asked.keys():
+        if not isinstance(asked[name], bool):
+            raise PlansError(f"{name} is {asked[name]!r}; it must be true or false")
     if "domain_statistics" in asked:
         asked["domain_statistics"] = list(asked["domain_statistics"])
     if "lr_scaling" in asked and asked["lr_scaling"] not in LR_SCALINGS:

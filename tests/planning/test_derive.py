@@ -308,7 +308,7 @@ def test_population_statistics_are_settings_of_the_block(plans: dict) -> None:
             {"batch_size": 4},
             r"configuration 3d_fulres is not in plans nnUNetPlans; there are 2d, 3d_lowres",
         ),
-        ("2d", {}, r"nothing to change: give at least one of batch_size, patch_size"),
+        ("2d", {}, r"nothing to change: give at least one of batch_size, batch_dice, patch_size"),
         ("2d", {"batch_size": 0}, r"batch_size is 0; .*at least 1"),
         ("2d", {"batch_size": True}, r"batch_size is True"),
         ("2d", {"patch_size": 64}, r"patch_size is 64; it must be a sequence"),

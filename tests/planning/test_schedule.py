@@ -149,3 +149,15 @@ def test_off_is_an_answer_for_checkpointing_only(plans: dict) -> None:
     off = derive_plans(on, "2d", activation_checkpointing=False, keep_samples=False, checkpoint_minutes=0)
     assert off["plans_name"] == "nnUNetPlans_ckpt_nockpt_save0"
     assert block(off, "2d") == {"activation_checkpointing": False, "checkpoint_minutes": 0}
+
+
+def test_batch_dice_is_a_key_of_the_named_configuration(plans: dict) -> None:
+    """Enforces both answers, under names of their own, and that the other stage of a cascade keeps its own."""
+    derived = derive_plans(plans, CASCADE, batch_dice=True, batch_size=4)
+    assert derived["plans_name"] == "nnUNetPlans_b4_bdice"
+    assert resolve_configuration(derived, CASCADE)["batch_dice"] is True
+    lowres = [resolve_configuration(each, "3d_lowres")["batch_dice"] for each in (plans, derived)]
+    assert lowres[0] == lowres[1]
+    assert derive_plans(plans, "2d", batch_dice=False)["plans_name"] == "nnUNetPlans_sdice"
+    with pytest.raises(PlansError, match="batch_dice is 1; it must be true or false"):
+        derive_plans(plans, "2d", batch_dice=1)  # type: ignore[arg-type]
