@@ -249,7 +249,7 @@ def _bytes_of_a_sample(network: Network, *, checkpointed: bool) -> float:
 def _peak_of_a_pass(network: Network, samples: int, *, checkpointed: bool) -> int:
     """Most bytes that live in a pass in half precision with its loss and gradients."""
     module = network.build(torch.device("meta"), deep_supervision=True, checkpointed=checkpointed).to(torch.float16)
-    with _runs_without_data(network), one_step(module), Living() as living:
+    with running_without_data(network), one_step(module), Living() as living:
         image = torch.empty((samples, network.channels, *network.patch), dtype=torch.float16, device="meta")
         default_loss(as_outputs(module(image)), network.regions).backward()
     return living.peak
@@ -262,13 +262,14 @@ def _output_shapes(network: Network) -> tuple[tuple[int, ...], ...]:
         PlansError: the network cannot be run without data.
     """
     module = network.build(torch.device("meta"), deep_supervision=True).eval()
-    with _runs_without_data(network), torch.no_grad():
+    with running_without_data(network), torch.no_grad():
         outputs = as_outputs(module(torch.empty((1, network.channels, *network.patch), device="meta")))
     return tuple(tuple(output.shape[1:]) for output in outputs)
 
 
 @contextmanager
-def _runs_without_data(network: Network) -> Iterator[None]:
+def running_without_data(network: Network) -> Iterator[None]:
+    """Inside, a network that does not run on the device ``meta`` is refused as one that cannot be estimated."""
     try:
         yield
     except RuntimeError as error:
