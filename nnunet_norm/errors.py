@@ -59,3 +59,19 @@ class ExperimentalBatchesError(NnunetNormError):
 
 class LaunchError(NnunetNormError):
     """A training whose processes cannot be started, find each other, or agree on what to train."""
+
+
+class EvaluationError(NnunetNormError):
+    """Predictions that cannot be compared with their references."""
+
+
+class EnsembleError(NnunetNormError):
+    """Models or probabilities that cannot be averaged."""
+
+
+class GridError(NnunetNormError):
+    """The description of a sweep that is malformed, empty, or does not fit the dataset."""
+
+
+class SweepError(NnunetNormError):
+    """A sweep that cannot be run: somebody else trains the same models, or trainings that failed."""

@@ -10,6 +10,7 @@ Other plans are scaled by the same factors: the batch of the plans times 1, 2, 8
 one where none is coarsest; in 2d both axes are within the slice.
 
 The loss belongs to the trainer's name (``nnUNetTrainerBRN_DiceFocal``), so it is no setting here.
+``nnunet-norm sweep run amos`` trains them all, with InstanceNorm as the study did and with BatchRenorm.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,16 @@ SETTINGS = (*SIDES, *BATCHES)
 
 LOSSES = ("DiceFocal", "DiceTopK", "DicePerim")
 """Endings of the trainers of the study, besides none."""
+
+GRID = {
+    "recipe": "amos",
+    "axes": {
+        "norm": ["InstanceNorm", "BRN"],
+        "loss": ["DiceCE", *LOSSES],
+        "setting": [setting for setting in SETTINGS if setting != "b2"],  # b2 is p160
+    },
+}
+"""The study as a sweep: every setting with every loss, compared with the first one."""
 
 
 def derive(

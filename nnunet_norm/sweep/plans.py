@@ -1,0 +1,92 @@
+"""The plans of a sweep's points: compared with what is there, then written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_norm.errors import GridError, PlansError, SetupError
+from nnunet_norm.planning import load_plans, resolve_configuration, save_plans
+from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.sweep.grid import Grid
+from nnunet_norm.sweep.points import Point
+from nnunet_norm.training.contradictions import refuse_contradiction
+from nnunet_norm.training.preflight import find_trainer
+
+
+def check_points(grid: Grid) -> None:
+    """Refuse what no point could be trained with; nothing is written.
+
+    Raises:
+        GridError: plans or results of a point's name are there that say something else.
+        PlansError: the GPUs cannot share a point's batch, or its plans contradict its trainer.
+        SetupError: the preprocessed data of the configuration are missing.
+    """
+    cases = grid.preprocessed / resolve_configuration(dict(grid.points[0].plans), grid.configuration)["data_identifier"]
+    if not cases.is_dir():
+        raise SetupError(
+            f"{cases} is not there: run nnUNetv2_preprocess -d {grid.dataset} -c {grid.configuration} first"
+        )
+    for point in grid.points:
+        resolved = resolve_configuration(dict(point.plans), grid.configuration)
+        trainer = find_trainer(point.trainer)
+        if hasattr(trainer, "norm"):
+            refuse_contradiction(resolved, trainer.norm, point.trainer)
+        try:
+            check_shares(resolved, max(grid.gpus, 1) * grid.nodes, grid.configuration)
+        except PlansError as error:
+            raise PlansError(f"point {point.label}: {error}") from error
+        _check_results(grid, point)
+        _same_plans_there(grid, point)
+
+
+def write_plans(grid: Grid) -> None:
+    """Write the plans of every point; those that are there already are left.
+
+    Raises:
+        GridError, PlansError, SetupError: see :func:`check_points`; nothing was written then.
+        OutputError: the folder is read-only, or the disk is full.
+    """
+    check_points(grid)
+    for name, point in {point.plans_name: point for point in grid.points}.items():
+        if name != grid.plans and not _same_plans_there(grid, point):
+            save_plans(dict(point.plans), grid.preprocessed)
+
+
+def _same_plans_there(grid: Grid, point: Point) -> bool:
+    """Whether a file of the plans' name is there.
+
+    Raises:
+        GridError: it says something else.
+    """
+    if not (grid.preprocessed / f"{point.plans_name}.json").is_file():
+        return False
+    if not _alike(load_plans(grid.preprocessed, point.plans_name), point.plans, grid.configuration):
+        raise GridError(
+            f"point {point.label}: {point.plans_name}.json in {grid.preprocessed} says something else than the grid: "
+            "remove it, or derive the grid from plans of another name"
+        )
+    return True
+
+
+def _check_results(grid: Grid, point: Point) -> None:
+    """Refuse to go on with a training of other plans, or to take it for finished."""
+    path = Path(grid.model_folder(point), "plans.json")
+    if not path.is_file():
+        return
+    trained = json.loads(path.read_text(encoding="utf-8"))
+    if not _alike(trained, point.plans, grid.configuration):
+        raise GridError(
+            f"point {point.label}: {path.parent} was trained with other plans of the same name: move it away, or derive the "
+            "grid from plans of another name"
+        )
+
+
+def _alike(first: Mapping[str, Any], second: Mapping[str, Any], configuration: str) -> bool:
+    """Whether two plans train a configuration alike; as JSON, which knows no tuples."""
+    if configuration not in first.get("configurations", {}):
+        return False
+    texts = [json.dumps(resolve_configuration(dict(plans), configuration), sort_keys=True) for plans in (first, second)]
+    return texts[0] == texts[1]
