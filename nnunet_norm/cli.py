@@ -24,6 +24,7 @@ COMMANDS = {
     "recalibrate": "give a trained model the statistics of other images: a new domain, a batch, a single image",
     "diagnose": "say whether a trained model has a normalization problem, and show why in one report",
     "export": "write a model that stock nnU-Net runs without this package, or pretrained weights for a training",
+    "evaluate": "compare predictions with references: Dice, surface Dice at a tolerance, Hausdorff distance",
     "demo": "train, predict and compare InstanceNorm and BatchRenorm on a brain template, on the CPU",
 }
 """Every command and its line in ``nnunet-norm -h``."""

@@ -13,6 +13,7 @@ RANKS = {
     "errors": 0,
     "writing": 0,
     "living": 0,
+    "orphans": 0,
     "pages": 0,
     "layers": 1,
     "metrics": 1,

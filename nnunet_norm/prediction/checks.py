@@ -99,7 +99,12 @@ def read_segmentation(file: str, reader: Any) -> NDArray[np.float32]:
     Raises:
         InputImageError: it cannot be read.
     """
-    return _read(lambda: reader.read_seg(file), f"segmentation {file!r}")[0]
+    return read_labels(file, reader)[0]
+
+
+def read_labels(file: str, reader: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """A segmentation (1, x, y, z) and nnU-Net's properties of it; raises InputImageError."""
+    return _read(lambda: reader.read_seg(file), f"segmentation {file!r}")
 
 
 def check_image(image: NDArray[np.float32], case: Sequence[str], dataset_json: dict[str, Any]) -> None:

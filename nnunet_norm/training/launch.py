@@ -22,6 +22,7 @@ from torch.backends import cudnn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from nnunet_norm.errors import LaunchError, NnunetNormError
+from nnunet_norm.orphans import end_children_with_this_process, end_with_parent
 from nnunet_norm.prediction.model_folder import trainers_on_search_path
 from nnunet_norm.training.distributed import (
     RefusedByAllError,
@@ -30,7 +31,6 @@ from nnunet_norm.training.distributed import (
     of_all_processes,
     refused_by_all,
 )
-from nnunet_norm.training.orphans import end_children_with_this_process, end_with_parent
 from nnunet_norm.training.preflight import add_arguments, check_flags, check_machine, what_is_trained
 from nnunet_norm.training.restarting import agent, begin_or_resume, newest_checkpoint
 

@@ -113,7 +113,10 @@ def test_an_existing_file_is_kept_unless_overwrite_is_given(folder: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-d", 990, "-c", "2d"], "nothing to change; give --recipe or at least one of --batch-size, --batch-dice, --patch-size"),
+        (
+            ["-d", 990, "-c", "2d"],
+            "nothing to change; give --recipe or at least one of --batch-size, --batch-dice, --patch-size",
+        ),
         (["-d", 990, "-c", "2d", "--batch-size", 4, "-p", "nnUNetPlan"], "there are nnUNetPlans"),
         (["-d", 990, "-c", "1d", "--batch-size", 4], "configuration 1d is not in plans nnUNetPlans; there are 2d,"),
         (["-d", 990, "-c", "2d", "--recipe", "deep"], "--recipe deep is not known; choose from amos, shallow"),

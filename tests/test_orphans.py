@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ORPHANS = Path(__file__).parents[2] / "nnunet_norm" / "training" / "orphans.py"
+ORPHANS = Path(__file__).parents[1] / "nnunet_norm" / "orphans.py"
 
 PROGRAM = """
 import multiprocessing, os, runpy, signal, sys, threading, time

@@ -1,0 +1,84 @@
+"""Compare predictions with references: nnU-Net's summary.json, with surface metrics in mm beside Dice.
+
+In the manner of nnUNetv2_evaluate_folder: every <case><ending> of PRED_FOLDER is compared with the file of the same name in
+GT_FOLDER, and Dice, IoU and counts are those of nnU-Net, to the last bit. Added are the normalized surface Dice (NSD: the
+share of both surfaces that lies within a tolerance of the other one) and, with --hd95, the 95 % Hausdorff distance.
+Interrupted, it goes on where it was when it is called again.
+
+    nnunet-norm evaluate labelsTs predictions --tolerance 2 pancreas=3 --hd95
+
+A class that neither file of a case has is left out of the means, as nnU-Net does; the table says in how many cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunet_norm.commands.machine import default_processes
+from nnunet_norm.commands.messages import messages_shown
+from nnunet_norm.commands.metric_options import add_metric_arguments, parse_tolerance
+from nnunet_norm.errors import EvaluationError, SetupError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folders, the file to write, and what is measured."""
+    parser.add_argument("gt_folder", metavar="GT_FOLDER", help="references")
+    parser.add_argument("pred_folder", metavar="PRED_FOLDER", help="predictions")
+    parser.add_argument("-djfile", metavar="FILE", help="dataset.json (default: that of PRED_FOLDER, left by nnU-Net)")
+    parser.add_argument("-o", metavar="FILE", help="output file, .json (default: PRED_FOLDER/summary.json)")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_processes("nnUNet_def_n_proc"),
+        metavar="N",
+        help="cases measured at a time (default: 3)",
+    )
+    parser.add_argument("--chill", action="store_true", help="leave out references that have no prediction")
+    add_metric_arguments(parser)
+    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare, write, and print a table."""
+    if args.np < 1:
+        raise SetupError(f"-np {args.np} must be at least 1")
+    tolerance = parse_tolerance(args.tolerance)
+    dataset_json = _dataset_json(args)
+    output = Path(args.o) if args.o is not None else Path(args.pred_folder, "summary.json")
+    # nnU-Net takes seconds to import: refuse first
+    from nnunet_norm.evaluation import Options, as_text, evaluate_folder
+
+    with messages_shown():
+        summary = evaluate_folder(
+            args.gt_folder,
+            args.pred_folder,
+            dataset_json=dataset_json,
+            options=Options(tolerance, args.hd95),
+            num_processes=args.np,
+            output_file=output,
+            chill=args.chill,
+            progress=not args.disable_progress_bar,
+        )
+    print(as_text(summary))
+    print(os.fspath(output))
+
+
+def _dataset_json(args: argparse.Namespace) -> dict[str, Any]:
+    if not Path(args.pred_folder).is_dir():
+        raise EvaluationError(f"folder of the predictions {args.pred_folder!r} does not exist: name it second")
+    path = Path(args.pred_folder, "dataset.json") if args.djfile is None else Path(args.djfile)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(
+            f"{path} cannot be read ({error.strerror}): give the dataset.json with -djfile"
+        ) from error
+    except ValueError as error:
+        raise EvaluationError(f"{path} is not JSON ({error}): give the dataset.json with -djfile") from error
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path} does not describe a dataset: give the dataset.json with -djfile")
+    return content
