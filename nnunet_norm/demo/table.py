@@ -14,6 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from nnunet_norm.demo.data import LABELS, SIMULATED
 from nnunet_norm.demo.tilings import GAUSSIAN, HALO, HALO_SIZE, SHIFT, TILE_SIZE
 from nnunet_norm.metrics import dice
+from nnunet_norm.pages import markdown_table
 from nnunet_norm.writing import written_beside
 
 HEADER = (
@@ -118,10 +119,7 @@ def rows_of(
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table whose columns also line up in a terminal."""
-    lines = [list(HEADER), *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return markdown_table(HEADER, [row.cells() for row in rows])
 
 
 def table_of(path: Path) -> str:

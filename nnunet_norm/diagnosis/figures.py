@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +18,6 @@ MOST_CLASSES = 8
 
 DIFFERENT = "#ff00c8"
 """Colour of voxels whose labels differ; no class has it."""
-
-
-def as_png(figure: Figure) -> bytes:
-    """The file's bytes."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
 
 
 def draw_tile_sizes(rows: Sequence[Mapping[str, Any]], classes: Sequence[str], patch: Sequence[int]) -> Figure:

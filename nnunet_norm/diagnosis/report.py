@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from nnunet_norm.diagnosis.fields import reach, tile_norms
-from nnunet_norm.diagnosis.figures import as_png, draw_tile_sizes
+from nnunet_norm.diagnosis.figures import draw_tile_sizes
 from nnunet_norm.diagnosis.findings import NO_PROBLEM, PROBLEM, share
+from nnunet_norm.pages import as_png, html_figure, html_page, html_table
 from nnunet_norm.writing import written_beside
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 62rem;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
-caption { text-align: left; font-size: .88rem; color: #444; padding-bottom: .4rem; max-width: 60rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child, .words th, .words td { text-align: left; } thead th { border-bottom: 2px solid #999; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .88rem; color: #444; }
-.verdict { border-left: .5rem solid; padding: .8rem 1rem; font-size: 1.08rem; background: #f7f7f7; }
-.problem { border-color: #c62828; } .fine { border-color: #2e7d32; } .unknown { border-color: #f9a825; }
-"""
 
 
 def write_html(path: str | Path, found: Mapping[str, Any], figures: Mapping[str, bytes]) -> None:
@@ -48,9 +35,6 @@ def html_of(found: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     colour = {PROBLEM: "problem", NO_PROBLEM: "fine"}.get(verdict["kind"], "unknown")
     title = f"Normalization of {model['trainer']} ({model['plans']}, fold {model['fold']}) on {model['dataset']}"
     parts = [
-        "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>',
-        f"<h1>{escape(title)}</h1>",
         f'<p class="verdict {colour}">{escape(verdict["sentence"])}</p>',
         *_overview(found),
         *_classes(found),
@@ -58,9 +42,8 @@ def html_of(found: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
         *_changes(found, figures),
         *_receptive_field(found, figures),
         *_cases(found),
-        "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return html_page(title, parts)
 
 
 def _overview(found: Mapping[str, Any]) -> list[str]:
@@ -90,7 +73,7 @@ def _overview(found: Mapping[str, Any]) -> list[str]:
         f'grids of blocks, predict the same voxels ({tiles["num_pairs"]} and {stages["num_pairs"]} pairs); "no" is what a '
         "seamless prediction has. Seconds: the network alone, each way once, one after the other on the same machine."
     )
-    return ["<h2>What was found</h2>", _table(caption, ("", "value"), rows, words=True)]
+    return ["<h2>What was found</h2>", html_table(caption, ("", "value"), rows, words=True)]
 
 
 def _classes(found: Mapping[str, Any]) -> list[str]:
@@ -124,7 +107,7 @@ def _classes(found: Mapping[str, Any]) -> list[str]:
         if found["labels"]
         else "There were no labels for Dice."
     )
-    return ["<h2>Classes</h2>", _table(caption, (*header, "agreement"), rows)]
+    return ["<h2>Classes</h2>", html_table(caption, (*header, "agreement"), rows)]
 
 
 def _tile_sizes(found: Mapping[str, Any]) -> list[str]:
@@ -153,7 +136,7 @@ def _tile_sizes(found: Mapping[str, Any]) -> list[str]:
     header = ("tile", *dice, "agreement with whole image", "labels that differ from it", "seconds")
     picture = as_png(draw_tile_sizes(rows, classes, found["model"]["patch_size"]))
     text = "The same as numbers, means over classes and images."
-    return ["<h2>Dice against tile size</h2>", _figure(picture, caption), _table(text, header, table)]
+    return ["<h2>Dice against tile size</h2>", html_figure(picture, caption), html_table(text, header, table)]
 
 
 def _changes(found: Mapping[str, Any], figures: Mapping[str, bytes]) -> list[str]:
@@ -167,7 +150,7 @@ def _changes(found: Mapping[str, Any], figures: Mapping[str, bytes]) -> list[str
             f"tiles of {_by(found['model']['patch_size'])} and that of the whole image ({_share(case['labels_changed'])} of "
             "the labels of the image differ). Differences along straight lines are seams of tiles."
         )
-        parts.append(_figure(picture, caption))
+        parts.append(html_figure(picture, caption))
     return ["<h2>Where labels differ</h2>", *parts] if parts else []
 
 
@@ -195,9 +178,9 @@ def _receptive_field(found: Mapping[str, Any], figures: Mapping[str, bytes]) -> 
         "Receptive field per axis: how many input voxels an output voxel depends on to either side. Tiles are predicted "
         "without seams only if a halo of the theoretical one is cut away, and if no norm uses the statistics of the tile."
     )
-    parts = ["<h2>Receptive field</h2>", _table(caption, ("", "value"), rows, words=True)]
+    parts = ["<h2>Receptive field</h2>", html_table(caption, ("", "value"), rows, words=True)]
     if "receptive_field" in figures:
-        parts.append(_figure(figures["receptive_field"], field["caption"]))
+        parts.append(html_figure(figures["receptive_field"], field["caption"]))
     return parts
 
 
@@ -218,27 +201,13 @@ def _cases(found: Mapping[str, Any]) -> list[str]:
         f"image of more than {found['max_voxels']} voxels is cut to its middle (--max-voxels)."
     )
     header = ("case", "voxels", "cut", "seconds, nnU-Net", "seconds, whole", "the whole image")
-    return ["<h2>Images</h2>", _table(caption, header, rows, words=True)]
+    return ["<h2>Images</h2>", html_table(caption, header, rows, words=True)]
 
 
 def _row_of_patch(found: Mapping[str, Any]) -> Mapping[str, Any]:
     patch = list(found["model"]["patch_size"])
     row: Mapping[str, Any] = next(r for r in found["dice_against_tile_size"] if r["tile_size"] == patch)
     return row
-
-
-def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
-    """A table; ``words`` for cells that are no numbers."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    start = '<table class="words">' if words else "<table>"
-    return f"{start}<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-
-
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="" src="data:image/png;base64,{data}">{text}</figure>'
 
 
 def _halo_is_short(found: Mapping[str, Any]) -> bool:

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from nnunet_norm.diagnosis.cases import Chosen, LoadedCase, load
 from nnunet_norm.diagnosis.fields import receptive_fields
-from nnunet_norm.diagnosis.figures import as_png, draw_change
+from nnunet_norm.diagnosis.figures import draw_change
 from nnunet_norm.diagnosis.findings import Verdict
 from nnunet_norm.diagnosis.gradient_figure import caption, draw_gradient_map
 from nnunet_norm.diagnosis.measure import measure_batches, measure_case
 from nnunet_norm.diagnosis.model import DiagnosedModel
 from nnunet_norm.diagnosis.report import write_html
 from nnunet_norm.diagnosis.summary import summarized
+from nnunet_norm.pages import as_png
 from nnunet_norm.prediction.checks import check_output_folder
 from nnunet_norm.training.patches import foreground_patches
 from nnunet_norm.training.reporting import none_for_nan

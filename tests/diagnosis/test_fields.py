@@ -7,8 +7,8 @@ from PIL import Image
 from torch import nn
 
 from nnunet_norm.diagnosis import describe_fields, draw_gradient_map, receptive_fields
-from nnunet_norm.diagnosis.figures import as_png
 from nnunet_norm.diagnosis.gradient_figure import caption, frames_of, logarithm
+from nnunet_norm.pages import as_png
 from nnunet_norm.receptive_field import effective, measure_effective
 
 
