@@ -25,6 +25,8 @@ COMMANDS = {
     "diagnose": "say whether a trained model has a normalization problem, and show why in one report",
     "export": "write a model that stock nnU-Net runs without this package, or pretrained weights for a training",
     "evaluate": "compare predictions with references: Dice, surface Dice at a tolerance, Hausdorff distance",
+    "ensemble": "average models, and find which single model or pair is best",
+    "sweep": "train a grid of models, on this machine or a cluster, and report on it",
     "demo": "train, predict and compare InstanceNorm and BatchRenorm on a brain template, on the CPU",
 }
 """Every command and its line in ``nnunet-norm -h``."""

@@ -10,11 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from nnunetv2.inference import predict_from_raw_data
 
 from nnunet_norm import cli
 from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.settings import BLOCK, NormSettings
+from nnunet_norm.sweep.grid_file import parse_grid
 from nnunet_norm.trainers import nnunet_norm_trainers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +28,9 @@ CODE_LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").sp
 CALLS = [call.strip() for line in CODE_LINES for call in re.findall(r"(?<![\w-])nnunet-norm ([^)&|;#]*)", line)]
 JSON = re.findall(r"^```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 VERBS = sorted(set(re.findall(r"(?<![\w-])nnunet-norm ([a-z][a-z-]*)", README)))
-TRAINERS = sorted(set(re.findall(r"\bnnUNetTrainer[A-Z_]\w*", README)))
+# A model's folder is named trainer__plans__configuration.
+TRAINERS = sorted({name.split("__")[0] for name in re.findall(r"\bnnUNetTrainer[A-Z_]\w*", README)})
+YAML = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
 def _one_line_commands(last_word: str) -> list[str]:
@@ -130,6 +134,14 @@ def test_experimental_batches_are_valid() -> None:
     """Enforces that the README's file of experimental batches is read without a refusal."""
     _, file = JSON
     assert ExperimentalBatches.from_json(json.loads(file)).names == ("plate_1", "plate_2")
+
+
+def test_the_grid_is_valid() -> None:
+    """Enforces that the sweep that people copy is one."""
+    (text,) = YAML
+    grid = parse_grid(yaml.safe_load(text), "README.md", name="readme")
+    assert sorted(grid.axes) == ["batch_size", "loss", "norm", "patch_size"]
+    assert len(grid.exclude) == 1
 
 
 def test_programs_of_nnunet_exist() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, as_completed
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,11 @@ def _measured(
     if found and left:
         logger.info("%d of %d cases were measured before", len(found), len(pairs))
     refusals = []
-    with tqdm(total=len(pairs), initial=len(found), desc="evaluation", disable=not (progress and left)) as bar:
-        for pair, result in _results(measuring, left, num_processes):
+    count = min(num_processes, len(left)) if num_processes > 1 else 0
+    task = partial(measure_in_worker if count else measure, measuring)
+    bar = tqdm(total=len(pairs), initial=len(found), desc="evaluation", disable=not (progress and left))
+    with bar, Workers(count, "measuring", "-np", finishes=False) as workers:
+        for pair, result in workers.each(task, left):
             if isinstance(result, EvaluationError):
                 refusals.append(str(result))
             else:
@@ -170,22 +173,6 @@ def _measured(
         lines = "; ".join(sorted(refusals)[:_REFUSALS_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
         raise EvaluationError(lines)
     return [found[pair] for pair in pairs]
-
-
-def _results(
-    measuring: Measuring, pairs: Sequence[Pair], num_processes: int
-) -> Iterator[tuple[Pair, Metrics | EvaluationError]]:
-    """Every pair with what came out, as they are finished."""
-    count = min(num_processes, len(pairs)) if num_processes > 1 else 0
-    task = measure_in_worker if count else measure
-    with Workers(count, "measuring", "-np", finishes=False) as workers:
-        waiting: dict[Future[Any], Pair] = {}
-        for pair in pairs:
-            waiting[workers.submit(task, measuring, pair)] = pair
-            for future in [future for future in waiting if future.done()]:
-                yield waiting.pop(future), workers.result(future)
-        for future in as_completed(waiting):
-            yield waiting[future], workers.result(future)
 
 
 def summary_of(pairs: Sequence[Pair], found: Sequence[Metrics]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import itertools
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
@@ -189,6 +189,21 @@ class Workers:
             return future.result()
         except BrokenProcessPool as error:
             raise self._ended_from_outside() from error
+
+    def each(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Every item with the task's result, as they are finished.
+
+        Raises:
+            SetupError: as :meth:`result`.
+            Others: of the task.
+        """
+        running: dict[Future[Any], Any] = {}
+        for item in items:
+            running[self.submit(task, item)] = item
+            for future in [future for future in running if future.done()]:
+                yield running.pop(future), self.result(future)
+        for future in as_completed(running):
+            yield running[future], self.result(future)
 
     def _ended_from_outside(self) -> SetupError:
         return SetupError(
