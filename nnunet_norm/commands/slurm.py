@@ -1,4 +1,4 @@
-"""``nnunet-norm predict --slurm``: the parts of a prediction as an array of SLURM jobs, and a job that verifies them."""
+"""SLURM's flags, and ``nnunet-norm predict --slurm``: the parts of a prediction as an array, and a job that verifies them."""
 
 from __future__ import annotations
 
@@ -45,19 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "them; what is finished is left as it is, as with --continue_prediction, so the same command again makes up for what "
         "failed",
     )
+    group.add_argument("--slurm_gpus", type=int, metavar="N", help="per job (default: 1 with -device cuda, else 0)")
+    add_resource_arguments(group, cpus=f"{CPUS}", minutes=Resources.minutes)
+
+
+def add_resource_arguments(group: argparse._ArgumentGroup, *, cpus: str, minutes: int) -> None:
+    """What a job is to have, but for its GPUs.
+
+    Args:
+        group: of arguments.
+        cpus: the default of ``--slurm_cpus``, in words.
+        minutes: that of ``--slurm_minutes``.
+    """
     group.add_argument(
         "--slurm_partition",
         metavar="NAME",
         help="default: the cluster's; for account or QOS set SBATCH_ACCOUNT, SBATCH_QOS",
     )
-    group.add_argument("--slurm_gpus", type=int, metavar="N", help="per job (default: 1 with -device cuda, else 0)")
-    group.add_argument("--slurm_cpus", type=int, metavar="N", help=f"per job (default: {CPUS})")
+    group.add_argument("--slurm_cpus", type=int, metavar="N", help=f"per job (default: {cpus})")
     group.add_argument("--slurm_memory", metavar="SIZE", help="per job, for example 32G (default: the cluster's)")
     group.add_argument(
         "--slurm_minutes",
         type=int,
         metavar="N",
-        help=f"per job (default: {Resources.minutes}); one that needs more is requeued and goes on where it was",
+        help=f"per job (default: {minutes}); one that needs more is requeued and goes on where it was",
     )
     group.add_argument("--slurm_array_limit", type=int, metavar="N", help="jobs that run at once (default: no limit)")
     group.add_argument(
@@ -77,9 +88,7 @@ def check(args: argparse.Namespace) -> None:
         SubmissionError: numbers that no job can have.
     """
     if not args.slurm:
-        given = [name for name, value in vars(args).items() if name.startswith(PREFIX) and value]
-        if given:
-            raise SetupError(f"--{given[0]} is for --slurm: add that, or leave it out")
+        refuse_resources(args, "--slurm")
         return
     if args.part_id:
         raise SetupError(f"-part_id {args.part_id} and --slurm: all parts are submitted, so leave -part_id out")
@@ -150,17 +159,46 @@ def command_line(
     return words
 
 
-def _resources(args: argparse.Namespace) -> Resources:
-    on_gpu = args.device == "cuda"
+def refuse_resources(args: argparse.Namespace, flag: str) -> None:
+    """Refuse SLURM's flags without the one that asks for it.
+
+    Raises:
+        SetupError: one of them was given.
+    """
+    given = [name for name, value in vars(args).items() if name.startswith(PREFIX) and value]
+    if given:
+        raise SetupError(f"--{given[0]} is for {flag}: add that, or leave it out")
+
+
+def resources_of(args: argparse.Namespace, *, gpus: int, cpus: int, minutes: int, nodes: int = 1) -> Resources:
+    """What a job is to have, by the flags of :func:`add_resource_arguments`.
+
+    Args:
+        args: the flags.
+        gpus: of a job, per machine.
+        cpus: likewise, where ``--slurm_cpus`` was not given.
+        minutes: where ``--slurm_minutes`` was not given.
+        nodes: machines of a job.
+
+    Raises:
+        SubmissionError: numbers that no job can have.
+        SetupError: a size that is none.
+    """
     return Resources(
         partition=args.slurm_partition,
-        gpus=int(on_gpu) if args.slurm_gpus is None else args.slurm_gpus,
-        cpus=CPUS if args.slurm_cpus is None else args.slurm_cpus,
+        gpus=gpus,
+        cpus=cpus if args.slurm_cpus is None else args.slurm_cpus,
         memory=None if args.slurm_memory is None else parse_size(args.slurm_memory, "--slurm_memory"),
-        minutes=Resources.minutes if args.slurm_minutes is None else args.slurm_minutes,
+        minutes=minutes if args.slurm_minutes is None else args.slurm_minutes,
         array_limit=args.slurm_array_limit,
         setup=args.slurm_setup or (),
+        nodes=nodes,
     )
+
+
+def _resources(args: argparse.Namespace) -> Resources:
+    gpus = int(args.device == "cuda") if args.slurm_gpus is None else args.slurm_gpus
+    return resources_of(args, gpus=gpus, cpus=CPUS, minutes=Resources.minutes)
 
 
 def _missing_parts(args: argparse.Namespace, predictor: HaloPredictor) -> tuple[int, list[int]]:

@@ -7,6 +7,6 @@ requeued at any moment.
 
 from nnunet_norm.submission.array import Resources, check_executor, submit_commands
 from nnunet_norm.submission.command import Command
-from nnunet_norm.submission.queue import Submitted, last_lines, wait_for
+from nnunet_norm.submission.queue import Submitted, last_lines, states, wait_for
 
-__all__ = ["Command", "Resources", "Submitted", "check_executor", "last_lines", "submit_commands", "wait_for"]
+__all__ = ["Command", "Resources", "Submitted", "check_executor", "last_lines", "states", "submit_commands", "wait_for"]

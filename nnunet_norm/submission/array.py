@@ -29,12 +29,13 @@ class Resources:
 
     Attributes:
         partition: None: the cluster's default.
-        gpus: per job.
-        cpus: per job.
-        memory: bytes per job; None: the cluster's default.
+        gpus: per job, on each of its machines.
+        cpus: per job, likewise.
+        memory: bytes per job, likewise; None: the cluster's default.
         minutes: after which a job is warned, requeued and continued.
         array_limit: how many jobs of an array run at once; None: as many as there is room for.
         setup: lines of the shell that go before the command, as ``module load cuda``.
+        nodes: machines per job; the command runs once on each.
     """
 
     partition: str | None = None
@@ -44,9 +45,10 @@ class Resources:
     minutes: int = 240
     array_limit: int | None = None
     setup: Sequence[str] = ()
+    nodes: int = 1
 
     def __post_init__(self) -> None:
-        at_least = {"gpus": 0, "cpus": 1, "minutes": 1, "array_limit": 1, "memory": 2**20}
+        at_least = {"gpus": 0, "nodes": 1, "cpus": 1, "minutes": 1, "array_limit": 1, "memory": 2**20}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -87,7 +89,7 @@ def submit_commands(
         if then is None or executor != "slurm":
             return Submitted(jobs, None, None, folder)
         after = f"afterany:{jobs[0].job_id.split('_')[0]}"
-        alone = replace(resources, gpus=0, cpus=1)
+        alone = replace(resources, gpus=0, cpus=1, nodes=1)
         try:
             last = _executor(folder, f"{name}-then", alone, executor, dependency=after).submit(Command(then))
         except SubmissionError as error:
@@ -121,6 +123,8 @@ def _executor(folder: Path, name: str, resources: Resources, cluster: str, depen
     made.update_parameters(
         name=name,
         timeout_min=resources.minutes,
+        nodes=resources.nodes,
+        tasks_per_node=1,
         cpus_per_task=resources.cpus,
         gpus_per_node=resources.gpus or None,
         mem_gb=None if resources.memory is None else resources.memory / 2**30,

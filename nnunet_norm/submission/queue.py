@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,10 +75,16 @@ def wait_for(submitted: Submitted, tell: Callable[[int, Mapping[str, str]], None
     return [number for number, job in enumerate(jobs) if not _succeeded(job)]
 
 
-def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:
-    """The last lines of a failed job's log, without what srun and submitit say; none if there is no log."""
+def last_lines(log: Path, count: int = LAST_LINES, start: int = 0) -> list[str]:
+    """The last lines of a failed job's log, without what srun and submitit say; none if there is no log.
+
+    Args:
+        log: the file.
+        count: how many.
+        start: bytes at its beginning that are left out.
+    """
     with suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
         told = [line for line in lines if line.strip() and not line.startswith(("srun: ", "submitit "))]
         raised = [number for number, line in enumerate(told) if SubmissionError.__name__ in line]
         return told[raised[-1] + 1 if raised else 0 :][-count:]
@@ -86,6 +93,8 @@ def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:
 
 def states(ids: Sequence[str]) -> dict[str, str]:
     """What SLURM's queue says of jobs; those that ended are missing. While SLURM does not answer, all are unknown."""
+    if not ids or shutil.which("squeue") is None:
+        return dict.fromkeys(ids, "UNKNOWN")
     numbers = sorted({job_id.split("_")[0] for job_id in ids})
     done = subprocess.run(
         ["squeue", "--noheader", "--array", "--format=%i %T %r", f"--jobs={','.join(numbers)}"],  # noqa: S607

@@ -26,7 +26,7 @@ class Point:
         plans: the derived plans.
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] = field(hash=False)
     trainer: str
     plans_name: str
     configuration: str

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))
+import one_node_slurm
+
 DATA = Path(os.environ.get("NNUNET_NORM_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
 
@@ -108,3 +111,11 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real_images():
     return images
+
+
+@pytest.fixture(scope="module")
+def slurm(request, tmp_path_factory):
+    """A real SLURM of one node, with as many cores as the module's CPUS says, 2 if it says nothing; SLURM_CONF names it."""
+    one_node_slurm.require()
+    with one_node_slurm.running(tmp_path_factory.mktemp("slurm"), getattr(request.module, "CPUS", 2)) as folder:
+        yield folder

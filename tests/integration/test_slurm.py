@@ -2,55 +2,22 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "prediction"))
+sys.path.append(str(Path(__file__).parent))
+from one_node_slurm import until
 from tiny_models import write_model
 
 from nnunet_norm.submission import Resources, last_lines, submit_commands, wait_for
 
 pytestmark = pytest.mark.integration
-
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "munged", "munge")
-MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
-
-CONFIGURATION = """\
-ClusterName=test
-SlurmctldHost=localhost
-SlurmctldPort={control_port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1
-SlurmdParameters=config_overrides
-ReturnToService=2
-KillWait=3
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=localhost Default=YES PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=localhost PriorityTier=10 PreemptMode=off
-"""
 
 COUNT = """
 import sys, time
@@ -64,61 +31,6 @@ while reached < int(sys.argv[2]):
     file.write_text(str(reached))
 """
 """A command that goes on where it was."""
-
-
-def free_ports(count):
-    with closing(socket.socket()) as a, closing(socket.socket()) as b:
-        for one in (a, b):
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in (a, b)][:count]
-
-
-def until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"nothing came of {condition} in {seconds} s")
-        time.sleep(0.2)
-    return found
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """A control daemon and one node, without accounting; SLURM_CONF names them."""
-    if MISSING or os.geteuid() != 0:
-        pytest.skip(
-            f"needs SLURM and munge, lacks {', '.join(MISSING)}" if MISSING else "starts SLURM's daemons, needs root"
-        )
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "state").mkdir()
-    (folder / "spool").mkdir()
-    (folder / "munge.key").write_bytes(os.urandom(128))
-    (folder / "munge.key").chmod(0o400)
-    control_port, node_port = free_ports(2)
-    told = {"folder": folder, "control_port": control_port, "node_port": node_port, "host": socket.gethostname()}
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(**told))
-    munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]
-    munge += [f"--{what}-file={folder}/munge.{what}" for what in ("pid", "seed", "log")]
-    with pytest.MonkeyPatch.context() as patch, open(folder / "daemons.log", "wb") as log:
-        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        daemons = []
-        try:
-            for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]):
-                daemons.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
-                until(lambda: (folder / "munge.socket").exists(), 20)
-            until(lambda: "idle" in run("sinfo", "--noheader", "--format=%T"), 60)
-            yield folder
-        finally:
-            subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
-            time.sleep(0.5)
-            for daemon in reversed(daemons):
-                daemon.terminate()
-                daemon.wait(30)
-
-
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def process_of(out, part):
