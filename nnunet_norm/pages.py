@@ -63,6 +63,16 @@ def html_figure(png: bytes, caption: str) -> str:
     return f'<figure><img alt="" src="data:image/png;base64,{data}">{text}</figure>'
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines for a terminal, with the columns aligned at their left.
+
+    Args:
+        rows: all of one length; the header is the first.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]

@@ -3,7 +3,7 @@ import re
 
 from matplotlib.figure import Figure
 
-from nnunet_norm.pages import as_png, html_figure, html_page, html_table, markdown_table
+from nnunet_norm.pages import as_png, html_figure, html_page, html_table, markdown_table, text_table
 
 
 def test_words_are_no_markup() -> None:
@@ -33,3 +33,8 @@ def test_markdown_columns_line_up() -> None:
         "| 1\\|2 | x    |",
         "|      | y    |",
     ]
+
+
+def test_columns_of_text_line_up() -> None:
+    """Enforces the widest cell's width for a column, and no spaces at the end of a line."""
+    assert text_table([("a", "b"), ("long", ""), ("", "c")]) == ["a     b", "long", "      c"]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from nnunet_norm.commands.sweep_grid import add_grid_arguments, grid_of
+from nnunet_norm.pages import text_table
 
 if TYPE_CHECKING:
     from nnunet_norm.sweep.grid import Grid
@@ -61,8 +62,7 @@ def table(grid: Grid, states: Mapping[str, State]) -> list[str]:
     by_place = {(run.point.name, run.fold): cell(run, states[run.name]) for run in grid.runs}
     rows = [["point", *(f"fold {fold}" for fold in grid.folds)]]
     rows += [[point.label, *(by_place[point.name, fold] for fold in grid.folds)] for point in grid.points]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return text_table(rows)
 
 
 def cell(run: Run, state: State) -> str:

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from nnunet_norm.errors import ArchitectureError, PlansError
+from nnunet_norm.pages import text_table
 from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.planning.batches import shares
 from nnunet_norm.planning.fitting import Training
@@ -92,9 +93,7 @@ def describe(grid: Grid) -> list[str]:
                 UNKNOWN if cost.seconds is None else f"{cost.seconds / 3600:.3g}" + ("" if cost.seen else " (scaled)"),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*lines, "", *_total(grid, found)]
+    return [*text_table(rows), "", *_total(grid, found)]
 
 
 def _total(grid: Grid, found: list[Cost]) -> list[str]:

@@ -77,6 +77,8 @@ def train(task: Task, received: list[signal.Signals]) -> int:
             print(f"{task.name} is finished already", flush=True)  # noqa: T201
             return 0
         command = _command(task)
+        if descriptors:  # nobody else writes here
+            _remove_halves(task.results)
         note_begin(task.record, this_owner(task.sweep))
         start = task.log.stat().st_size if task.log.is_file() else 0
         code = _run(task, command, task.log, descriptors, received)
@@ -130,6 +132,12 @@ def _ended(process: subprocess.Popen[bytes], received: list[signal.Signals]) -> 
         time.sleep(0.2)
     # However it ended, it was told to: by its own code, which may be that of any other error, nobody would know.
     return -received[0] if received and code else code
+
+
+def _remove_halves(results: Path) -> None:
+    """Remove checkpoints that an attempt was writing when it was killed; see :func:`nnunet_norm.writing.written_beside`."""
+    for half in results.glob(".*-checkpoint_*.pth"):
+        half.unlink(missing_ok=True)
 
 
 def _command(task: Task) -> list[str]:

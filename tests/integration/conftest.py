@@ -24,6 +24,9 @@ def images(name):
     return DATA / name
 
 
+HIPPOCAMPUS = {"background": 0, "Anterior": 1, "Posterior": 2}
+
+
 class Workspace:
     """nnU-Net's three folders, and its programs with them."""
 
@@ -101,6 +104,15 @@ class Workspace:
         }
         (folder / "dataset.json").write_text(json.dumps(description))
         return folder
+
+    def add_hippocampus(self, name, training, test=0):
+        """The first hippocampus MRI as a dataset; its cases ``(name, image, labels)``. Skips where there are none."""
+        source = images("hippocampus_msd04")
+        files = sorted(path.name for path in (source / "images").glob("*.nii.gz"))[: training + test]
+        cases = [(file.removesuffix(".nii.gz"), source / "images" / file, source / "labels" / file) for file in files]
+        tested = [case[:2] for case in cases[training:]]
+        self.add_dataset(name, {"0": "MRI"}, HIPPOCAMPUS, ".nii.gz", cases[:training], tested)
+        return cases
 
 
 @pytest.fixture(scope="module")

@@ -66,12 +66,9 @@ def validated(folder, fold, case, reference, quality):
 
 
 @pytest.fixture(scope="module")
-def models(workspace, real_images):
+def models(workspace):
     """The dataset, and three models of it: two that nnU-Net can compare, and one of other plans and dimensions."""
-    source = real_images("hippocampus_msd04")
-    names = sorted(path.name.removesuffix(".nii.gz") for path in (source / "images").glob("*.nii.gz"))[:5]
-    cases = [(name, source / "images" / f"{name}.nii.gz", source / "labels" / f"{name}.nii.gz") for name in names]
-    workspace.add_dataset(DATASET, {"0": "T0"}, LABELS, ".nii.gz", cases[:4], [case[:2] for case in cases[3:]])
+    cases = workspace.add_hippocampus(DATASET, 4, 1)
     preprocessed = workspace.root / "preprocessed" / DATASET
     shutil.copytree(workspace.root / "raw" / DATASET / "labelsTr", preprocessed / "gt_segmentations")
     results = workspace.root / "results" / DATASET

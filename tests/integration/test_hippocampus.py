@@ -17,22 +17,10 @@ NUM_TRAINING, NUM_TEST = 10, 2
 
 
 @pytest.fixture(scope="module")
-def planned(workspace, real_images):
+def planned(workspace):
     """The dataset with nnU-Net's own plans, and small plans derived from them."""
-    source = real_images("hippocampus_msd04")
-    names = sorted(p.name.removesuffix(".nii.gz") for p in (source / "images").glob("*.nii.gz"))
-    cases = [
-        (n, source / "images" / f"{n}.nii.gz", source / "labels" / f"{n}.nii.gz")
-        for n in names[: NUM_TRAINING + NUM_TEST]
-    ]
-    folder = workspace.add_dataset(
-        DATASET,
-        {"0": "MRI"},
-        {"background": 0, "Anterior": 1, "Posterior": 2},
-        ".nii.gz",
-        cases[:NUM_TRAINING],
-        [case[:2] for case in cases[NUM_TRAINING:]],
-    )
+    cases = workspace.add_hippocampus(DATASET, NUM_TRAINING, NUM_TEST)
+    folder = workspace.root / "raw" / DATASET
     (folder / "labelsTs").mkdir()
     for name, _, labels in cases[NUM_TRAINING:]:
         (folder / "labelsTs" / f"{name}.nii.gz").write_bytes(labels.read_bytes())

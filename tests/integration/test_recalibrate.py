@@ -14,15 +14,10 @@ HERE = ("-device", "cpu", "-npp", 0)
 
 
 @pytest.fixture(scope="module")
-def images(workspace, real_images):
+def images(workspace):
     """Small plans, a training with either norm, and test images of two experimental batches."""
-    source = real_images("hippocampus_msd04")
-    names = sorted(path.name for path in (source / "images").glob("*.nii.gz"))[: NUM_TRAINING + NUM_TEST]
-    cases = [(name.removesuffix(".nii.gz"), source / "images" / name, source / "labels" / name) for name in names]
-    labels = {"background": 0, "Anterior": 1, "Posterior": 2}
-    folder = workspace.add_dataset(
-        DATASET, {"0": "MRI"}, labels, ".nii.gz", cases[:NUM_TRAINING], [case[:2] for case in cases[NUM_TRAINING:]]
-    )
+    cases = workspace.add_hippocampus(DATASET, NUM_TRAINING, NUM_TEST)
+    folder = workspace.root / "raw" / DATASET
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 904, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     workspace.run(
         *("nnunet-norm", "plan", "-d", 904, "-c", "3d_fullres", "--plans-name", "small", "--num-stages", 3),

@@ -41,17 +41,9 @@ AS_JOBS = [*HERE, "--engine", "slurm", "--slurm_cpus", "1", "--slurm_array_limit
 
 
 @pytest.fixture(scope="module")
-def sweep(workspace, real_images):
+def sweep(workspace):
     """A dataset with one validation case in each of two folds, and the grid; nothing is trained yet."""
-    source = real_images("hippocampus_msd04")
-    cases = sorted(path.name.removesuffix(".nii.gz") for path in (source / "images").glob("*.nii.gz"))[:CASES]
-    workspace.add_dataset(
-        NAME,
-        {"0": "MRI"},
-        {"background": 0, "Anterior": 1, "Posterior": 2},
-        ".nii.gz",
-        [(c, source / "images" / f"{c}.nii.gz", source / "labels" / f"{c}.nii.gz") for c in cases],
-    )
+    cases = [case[0] for case in workspace.add_hippocampus(NAME, CASES)]
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "1")
     split = [{"train": [c for c in cases if c != val], "val": [val]} for val in cases[:2]]
     (workspace.root / "preprocessed" / NAME / "splits_final.json").write_text(json.dumps(split))

@@ -40,17 +40,9 @@ class nnUNetTrainerProbe(NormTrainer):
 
 
 @pytest.fixture(scope="module")
-def hippocampus(workspace, real_images):
+def hippocampus(workspace):
     """A dataset with small plans whose first fold has one validation case: fewer than there are processes."""
-    source = real_images("hippocampus_msd04")
-    cases = sorted(path.name.removesuffix(".nii.gz") for path in (source / "images").glob("*.nii.gz"))[:CASES]
-    workspace.add_dataset(
-        NAME,
-        {"0": "MRI"},
-        {"background": 0, "Anterior": 1, "Posterior": 2},
-        ".nii.gz",
-        [(c, source / "images" / f"{c}.nii.gz", source / "labels" / f"{c}.nii.gz") for c in cases],
-    )
+    cases = [case[0] for case in workspace.add_hippocampus(NAME, CASES)]
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "1")
     options = ("--patch-size", "16", "16", "16", "--num-stages", "3", "--base-features", "4", "--batch-size", "3")
     steps = ("--iterations-per-epoch", "2", "--val-iterations-per-epoch", "1", "--plans-name", PLANS)

@@ -72,7 +72,10 @@ def test_whatever_ends_it_ends_the_training_and_the_same_command_goes_on(tmp_pat
     assert (attempt.code, attempt.failed) == (None if number == signal.SIGKILL else -number, False)
     reached = int((one.results / "count").read_text())
     (one.results / "waits").unlink()
+    half = one.results / ".1-checkpoint_latest.pth"
+    half.touch()
     assert ended(begun(one))[0] == 0
+    assert not half.exists()  # of the attempt that was killed
     assert f"begins at {reached}" in one.log.read_text()
     assert [attempt.code for attempt in read_attempts(one.record)][1:] == [0]
 
