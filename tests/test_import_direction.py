@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RANKS = {
     "errors": 0,
+    "reading": 0,
     "writing": 0,
     "living": 0,
     "orphans": 0,
@@ -40,6 +41,7 @@ RANKS = {
 
 WITHOUT_NNUNET = {
     "errors": set(),
+    "reading": set(),
     "writing": set(),
     "living": {"torch"},
     "orphans": set(),

@@ -13,7 +13,6 @@ A class that neither file of a case has is left out of the means, as nnU-Net doe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from nnunet_norm.commands.machine import default_processes
 from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.metric_options import add_metric_arguments, parse_tolerance
 from nnunet_norm.errors import EvaluationError, SetupError
+from nnunet_norm.reading import read_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,14 +71,4 @@ def _dataset_json(args: argparse.Namespace) -> dict[str, Any]:
     if not Path(args.pred_folder).is_dir():
         raise EvaluationError(f"folder of the predictions {args.pred_folder!r} does not exist: name it second")
     path = Path(args.pred_folder, "dataset.json") if args.djfile is None else Path(args.djfile)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvaluationError(
-            f"{path} cannot be read ({error.strerror}): give the dataset.json with -djfile"
-        ) from error
-    except ValueError as error:
-        raise EvaluationError(f"{path} is not JSON ({error}): give the dataset.json with -djfile") from error
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{path} does not describe a dataset: give the dataset.json with -djfile")
-    return content
+    return read_object(path, EvaluationError, "give the dataset.json with -djfile")

@@ -18,6 +18,7 @@ from nnunet_norm.ensembling.postprocessing import Postprocessing
 from nnunet_norm.ensembling.probabilities import read_header
 from nnunet_norm.errors import EnsembleError
 from nnunet_norm.prediction.checks import channel_names, listed
+from nnunet_norm.reading import read_object
 
 SAME_IN_PLANS = {"image_reader_writer": "reads images with", "label_manager": "makes labels with"}
 """What has to be the same in the plans of all members, for arrays to have the same axes and classes."""
@@ -83,17 +84,7 @@ def read_description(path: Path) -> dict[str, Any]:
     Raises:
         EnsembleError: it is missing, or no JSON object.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EnsembleError(
-            f"{path} cannot be read ({error.strerror}): nnU-Net leaves it beside its predictions and in its models"
-        ) from error
-    except ValueError as error:
-        raise EnsembleError(f"{path} is no JSON ({error}): copy it again") from error
-    if not isinstance(found, dict):
-        raise EnsembleError(f"{path} is no description of plans or a dataset: copy it again")
-    return found
+    return read_object(path, EnsembleError, "nnU-Net leaves it beside its predictions and in its models; copy it again")
 
 
 def check_descriptions(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from nnunet_norm.errors import ArchitectureError, PlansError
+from nnunet_norm.errors import ArchitectureError, PlansError, SetupError
 from nnunet_norm.pages import text_table
 from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.planning.batches import shares
@@ -15,6 +14,7 @@ from nnunet_norm.planning.fitting import Training
 from nnunet_norm.planning.memory import Network
 from nnunet_norm.planning.topology import as_text
 from nnunet_norm.planning.work import epoch_flops
+from nnunet_norm.reading import read_object
 from nnunet_norm.sweep.grid import Grid
 from nnunet_norm.sweep.points import Point, Run
 from nnunet_norm.sweep.progress import read_epochs
@@ -49,7 +49,7 @@ def costs(grid: Grid) -> list[Cost]:
     Seconds are those of finished epochs of this sweep. Where a point has none, they are scaled from the others by the
     operations of its convolutions, which is rough: small batches and patches use a GPU less well.
     """
-    description = json.loads((grid.preprocessed / "dataset.json").read_text(encoding="utf-8"))
+    description = read_object(grid.preprocessed / "dataset.json", SetupError, "run nnUNetv2_plan_experiment")
     estimates: dict[str, tuple[float | None, int | None]] = {}  # several trainers share plans
     for point in grid.points:
         if point.plans_name not in estimates:

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_norm.errors import GridError, PlansError, SetupError
 from nnunet_norm.planning import load_plans, resolve_configuration, save_plans
 from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.reading import read_object
 from nnunet_norm.sweep.grid import Grid
 from nnunet_norm.sweep.points import Point
 from nnunet_norm.training.contradictions import refuse_contradiction
@@ -76,7 +77,7 @@ def _check_results(grid: Grid, point: Point) -> None:
     path = Path(grid.model_folder(point), "plans.json")
     if not path.is_file():
         return
-    trained = json.loads(path.read_text(encoding="utf-8"))
+    trained = read_object(path, GridError, "move that model away")
     if not _alike(trained, point.plans, grid.configuration):
         raise GridError(
             f"point {point.label}: {path.parent} was trained with other plans of the same name: move it away, or derive the "

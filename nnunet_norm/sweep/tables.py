@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,38 +129,33 @@ def factor_table(found: Collection, comparisons: Comparisons, factor: str) -> Ta
 
 def folds_table(found: Collection, metric: str) -> Table:
     """Models x folds."""
-    rows = [
-        (
-            named(found, point),
-            *(number(metric, outcome.score(metric)) for outcome in found.of(point)),
-            spread(metric, found.spread(point, metric)),
-        )
-        for point in found.grid.points
-    ]
+    rows = _per_model(found, metric, lambda point: (number(metric, one.score(metric)) for one in found.of(point)))
     caption = (
         f"{metric}{UNITS.get(metric, '')} of every training: mean over the classes of the mean over its validation cases. "
         f"Last: {SPREAD[0].lower()}{SPREAD[1:]}. {NONE}: not validated yet, or no "
         "value for a class in any case."
     )
     header = ("model", *(f"fold {fold}" for fold in found.grid.folds), "mean ± SD")
-    return Table(f"{metric} by fold", caption, header, tuple(rows))
+    return Table(f"{metric} by fold", caption, header, rows)
+
+
+def _per_model(found: Collection, metric: str, cells: Callable[[Point], Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    """A row per model: its name, its cells, and at last the mean over folds of the mean over classes."""
+    return tuple(
+        (named(found, point), *cells(point), spread(metric, found.spread(point, metric))) for point in found.grid.points
+    )
 
 
 def classes_table(found: Collection, metric: str) -> Table:
     """Models x classes."""
-    rows = [
-        (
-            named(found, point),
-            *(spread(metric, found.spread(point, metric, label)) for label in found.labels),
-            spread(metric, found.spread(point, metric)),
-        )
-        for point in found.grid.points
-    ]
+    rows = _per_model(
+        found, metric, lambda point: (spread(metric, found.spread(point, metric, label)) for label in found.labels)
+    )
     caption = (
         f"{metric}{UNITS.get(metric, '')} of every class or region. {SPREAD} of the mean over the validation cases; cases in "
         "which a class is neither in the reference nor in the prediction do not count for it."
     )
-    return Table(f"{metric} by class", caption, ("model", *found.labels.values(), "all"), tuple(rows))
+    return Table(f"{metric} by class", caption, ("model", *found.labels.values(), "all"), rows)
 
 
 def named(found: Collection, point: Point) -> str:

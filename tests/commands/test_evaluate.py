@@ -85,7 +85,7 @@ def test_refusals_are_one_line(place, capsys):
     (place / "pred" / "dataset.json").write_text("{")
     assert "is not JSON" in refusal(capsys, place)
     (place / "pred" / "dataset.json").write_text("[]")
-    assert "does not describe a dataset" in refusal(capsys, place)
+    assert "no description of plans or a dataset" in refusal(capsys, place)
     (place / "pred" / "dataset.json").write_text(json.dumps(dataset({"organ": 1})))
     assert "labels of dataset.json" in refusal(capsys, place)
     assert main(["evaluate", str(place / "gt"), str(place / "nowhere")]) == 2
