@@ -5,7 +5,7 @@
     nnunet-norm sweep report GRID     tables and figures
 
 GRID is a YAML file, or a recipe of plans/ that has a grid. Results lie where nnU-Net would put them; the rest is in
-nnUNet_results/DATASET/sweeps/NAME.
+nnUNet_results/DATASET/sweeps/NAME__CONFIGURATION.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.schedule import LR_SCALINGS
+from nnunet_norm.settings import BatchRenormSettings
 
 NAMED_ONLY = {
     *("batch_size", "batch_dice", "patch_size", "replan_topology"),
@@ -59,6 +60,13 @@ SWITCHES = {"replan_topology", "keep_samples"}
 
 EITHER = {"batch_dice", "activation_checkpointing"}
 
+KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("norm_op_kwargs", Mapping, "keyword arguments with their values"),
+    ("domain_statistics", Iterable, "a list of names"),
+    ("batch_renorm", (Mapping, BatchRenormSettings), "an object of settings"),
+)
+"""Options that are read as something else than a number, and what they may be."""
+
 EXCLUSIVE = (
     ("base_features", "features_per_stage", "how many features"),
     ("lr_scaling", "initial_lr", "what the learning rate is"),
@@ -96,6 +104,9 @@ def asked_for(options: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(asked[name], Iterable) or isinstance(asked[name], str):
             raise PlansError(f"{name} is {asked[name]!r}; it must be a sequence of whole numbers")
         asked[name] = [_whole(name, value, 1) for value in asked[name]]
+    for name, kinds, wanted in KINDS:
+        if name in asked and (not isinstance(asked[name], kinds) or isinstance(asked[name], str)):
+            raise PlansError(f"{name} is {asked[name]!r}; it must be {wanted}")
     for name in EITHER & asked.keys():
         if not isinstance(asked[name], bool):
             raise PlansError(f"{name} is {asked[name]!r}; it must be true or false")

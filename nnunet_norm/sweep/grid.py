@@ -70,7 +70,7 @@ class Grid:
     @property
     def folder(self) -> Path:
         """Everything of the sweep that is not nnU-Net's: logs, records, the report."""
-        return Path(str(nnUNet_results), self.dataset, SWEEPS, self.name)
+        return Path(str(nnUNet_results), self.dataset, SWEEPS, f"{self.name}__{self.configuration}")
 
     def model_folder(self, point: Point) -> Path:
         """Where nnU-Net puts a model."""
@@ -230,7 +230,10 @@ def _dataset(name_or_id: str) -> str:
 def _check_folds(folds: Sequence[int | str], preprocessed: Path) -> None:
     """Refuse folds that the dataset's split does not have: nnU-Net would draw one at random instead."""
     split = preprocessed / "splits_final.json"
-    there = len(json.loads(split.read_text(encoding="utf-8"))) if split.is_file() else FOLDS
+    try:
+        there = len(json.loads(split.read_text(encoding="utf-8"))) if split.is_file() else FOLDS
+    except (OSError, ValueError, TypeError) as error:
+        raise GridError(f"{split} cannot be read ({error}): remove it, and nnU-Net splits the cases again") from error
     missing = [fold for fold in folds if isinstance(fold, int) and fold >= there]
     if missing:
         raise GridError(f"folds has {missing[0]}, and the split has {there}: choose from 0 to {there - 1}, or all")

@@ -221,10 +221,7 @@ class _Reader:
             return self.whole(axis, value, 1)
         if axis in SWITCHES and not isinstance(value, bool):
             raise GridError(f"{self.source}: {axis} is {value!r}; it must be true or false")
-        # What YAML takes for text, as 1e-3; options check their values themselves.
-        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?", value):
-            return float(value)
-        return value
+        return value  # options check their values themselves
 
     def choice(self, where: str, rule: Any, axes: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Values of some axes, each of which the axis has; in ``exclude`` also lists of them."""
@@ -268,13 +265,31 @@ class _Reader:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two the first would be lost without a word."""
+    """YAML in which a key stands once, as of two the first would be lost, and whose numbers are those of YAML 1.2.
+
+    YAML 1.1, which PyYAML reads otherwise, takes 027 for 23, 1:30 for 90, 1e-3 for text, and no and off for false.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"({_pattern})$"), list("-+.0123456789tTfF"))

@@ -74,7 +74,7 @@ def test_points_are_derived_plans_and_a_trainer(preprocessed, tmp_path):
     assert str(grid.fold_folder(grid.runs[0])) == get_output_folder(
         DATASET, first.trainer, first.plans_name, "3d_fullres", 0
     )
-    assert grid.folder == tmp_path / "results" / DATASET / "sweeps" / "study"
+    assert grid.folder == tmp_path / "results" / DATASET / "sweeps" / "study__3d_fullres"
 
 
 def test_the_command_line_says_what_a_grid_leaves_open(preprocessed, tmp_path):
@@ -100,6 +100,23 @@ axes:
     labels = [point.label for point in grid_of(tmp_path, text).points]
     assert labels[0] == "b2 lr0.01, brn-rmax2"
     assert len(labels) == 4
+
+
+def test_values_are_those_of_yaml_1_2(preprocessed, tmp_path):
+    """Enforces that 0998 is no octal number, 2e0 no text wherever it stands, and that merge keys work."""
+    text = """
+dataset: 0998
+configuration: 3d_fullres
+fixed: {norm: BRN}
+axes: {batch_renorm: [{r_max: 2e0}, {r_max: 3}], options: [{lr: 1e-2}]}
+baseline: {}
+exclude: []
+"""
+    grid = grid_of(tmp_path, text, "")
+    assert grid.dataset == DATASET
+    assert grid.points[0].values["batch_renorm"] == {"r_max": 2.0}
+    merged = grid_of(tmp_path, "axes: {values: [&first {norm: BRN, batch: 2}, {<<: *first, batch: 4}]}")
+    assert [point.trainer for point in merged.points] == ["nnUNetTrainerBRN"] * 2
 
 
 def test_the_study_is_a_recipe(preprocessed, tmp_path):
@@ -188,6 +205,12 @@ def test_points_that_cannot_be_derived_say_which(preprocessed, tmp_path):
         grid_of(tmp_path, "axes: {trainer: [nnUNetTrainerOhNo]}")
     with pytest.raises(SetupError, match="dataset 3: "):
         grid_of(tmp_path, "axes: {norm: [BRN]}", dataset="3")
+    for key, value in (("norm_op_kwargs", "[3]"), ("domain_statistics", "[3, 4]"), ("batch_renorm", "[hi]")):
+        with pytest.raises(PlansError, match=f"{key} is .*; it must be"):
+            grid_of(tmp_path, f"fixed: {{norm: BRN}}\naxes: {{{key}: {value}}}")
+    (preprocessed / "splits_final.json").write_text("[{")
+    with pytest.raises(GridError, match=r"splits_final.json cannot be read .*: remove it"):
+        grid_of(tmp_path, "axes: {norm: [BRN]}")
     with pytest.raises(GridError, match=r"there is no such file, nor a recipe of that name \(amos, shallow\)"):
         load_grid(str(tmp_path / "none.yaml"))
     with pytest.raises(GridError, match="configuration is missing; give it in the grid, or with -c"):
