@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from nnunet_norm.errors import SetupError, SubmissionError, SweepError
 from nnunet_norm.submission import check_executor
 
 if TYPE_CHECKING:
+    from nnunet_norm.sweep.cluster import Queued
     from nnunet_norm.sweep.grid import Grid
     from nnunet_norm.sweep.local import Ended
     from nnunet_norm.sweep.points import Run
@@ -129,6 +130,7 @@ def _prepare(grid: Grid) -> None:
 
 def _run_here(args: argparse.Namespace, grid: Grid, device: str) -> None:
     """By the local engine."""
+    from nnunet_norm.sweep.cluster import queue_of
     from nnunet_norm.sweep.local import run_local
     from nnunet_norm.sweep.locking import locked, refuse_locked
     from nnunet_norm.sweep.task import task_of
@@ -137,6 +139,11 @@ def _run_here(args: argparse.Namespace, grid: Grid, device: str) -> None:
     with locked(grid.folder, grid.name):
         _prepare(grid)
         runs = _unfinished(grid)
+        waiting = [queued.job for queued in queue_of(grid.folder).values() if queued.state not in ("", "UNKNOWN")]
+        if waiting:
+            raise SweepError(
+                f"SLURM has {len(waiting)} jobs of this sweep ({waiting[0]}, ...): wait for them, or cancel them (scancel)"
+            )
         for unfinished in runs:
             refuse_locked(grid.fold_folder(unfinished))
         tasks = [task_of(grid, one, device=device, cores=max(cores() // len(slots), 1)) for one in runs]
@@ -145,7 +152,7 @@ def _run_here(args: argparse.Namespace, grid: Grid, device: str) -> None:
             with tqdm(total=len(tasks), unit="run", disable=args.disable_progress_bar) as bar:
                 told = _Told(grid, dict(zip(tasks, runs, strict=True)), bar)
                 run_local(tasks, slots, began=told.began, ended=told.ended)
-    _conclude(grid)
+    _conclude(args, grid)
 
 
 def _slots(args: argparse.Namespace, grid: Grid, device: str) -> Sequence[dict[str, str]]:
@@ -169,7 +176,7 @@ def _debug(args: argparse.Namespace, grid: Grid, device: str) -> None:
     with locked(grid.folder, grid.name):
         _prepare(grid)
         run_here([task_of(grid, run, device=device) for run in _unfinished(grid)])
-    _conclude(grid)
+    _conclude(args, grid)
 
 
 def _submit(args: argparse.Namespace, grid: Grid, device: str) -> None:
@@ -198,8 +205,9 @@ def _submit(args: argparse.Namespace, grid: Grid, device: str) -> None:
                 refuse_locked(grid.fold_folder(unfinished))
         tasks = [task_of(grid, one, device=device, cores=resources.cpus) for one in runs]
         waiting = len(_unfinished(grid)) - len(tasks)
-        also = f"; {_counted(waiting)} queued or running already" if waiting else ""
-        _tell(grid, len(tasks), f"as jobs of SLURM{also}")
+        _tell(grid, len(tasks), "as jobs of SLURM")
+        if waiting:
+            print(f"{_counted(waiting)} queued or running already")
         if tasks:
             submitted = submit(tasks, resources)
             ids = submitted.ids
@@ -209,7 +217,7 @@ def _submit(args: argparse.Namespace, grid: Grid, device: str) -> None:
             )
     if args.slurm_wait:
         _wait(args, grid)
-        _conclude(grid)
+        _conclude(args, grid, queue_of(grid.folder))
 
 
 def _wait(args: argparse.Namespace, grid: Grid) -> None:
@@ -263,8 +271,10 @@ class _Told:
         taken = tqdm.format_interval(time.monotonic() - self.begun.pop(end.task))
         self.bar.update()
         if end.code:
+            from nnunet_norm.sweep.records import ending
+
             self.failed += 1
-            lines = [f"failed: {what} (exit code {end.code}, after {taken}); its log is {end.task.log}"]
+            lines = [f"failed: {what} ({ending(end.code)}, after {taken}); its log is {end.task.log}"]
             lines += [f"    {line}" for line in end.output.splitlines()]
         else:
             from nnunet_norm.sweep.state import state_of
@@ -279,17 +289,18 @@ class _Told:
         self.bar.set_postfix_str(f"{len(self.begun)} running{failed}")
 
 
-def _conclude(grid: Grid) -> None:
+def _conclude(args: argparse.Namespace, grid: Grid, queue: Mapping[str, Queued] | None = None) -> None:
     """Say what came of it, with the last lines of what failed; code 1 unless everything is finished."""
     from nnunet_norm.commands.sweep_status import failures
     from nnunet_norm.sweep.state import state_of
 
-    states = {run.name: state_of(grid, run) for run in grid.runs}
+    states = {run.name: state_of(grid, run, queue) for run in grid.runs}
     lost = [state for state in states.values() if state.kind != "done"]
     if not lost:
-        print(f"all {len(states)} runs of {grid.name} are finished; next: nnunet-norm sweep report")
+        print(f"all {len(states)} runs of {grid.name} are finished; next: nnunet-norm sweep report {args.grid}")
         return
-    print(*failures(grid, states), sep="\n", file=sys.stderr)
+    for line in failures(grid, states):
+        print(line, file=sys.stderr)
     print(
         f"{len(states) - len(lost)} of {len(states)} runs are finished; the same command again goes on with the others",
         file=sys.stderr,

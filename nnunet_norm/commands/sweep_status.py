@@ -91,10 +91,8 @@ def failures(grid: Grid, states: Mapping[str, State]) -> Iterator[str]:
         grid: the sweep.
         states: of all its runs, by their names.
     """
-    from nnunet_norm.sweep.task import log_of
-
     for run in grid.runs:
         state = states[run.name]
         if state.kind == "failed":
-            yield f"failed: {run.point.label}, fold {run.fold} ({state.detail}); its log is {log_of(grid.folder, run.name)}"
+            yield f"failed: {run.point.label}, fold {run.fold} ({state.detail}); its log is {state.log}"
             yield from (f"    {line}" for line in state.lines)

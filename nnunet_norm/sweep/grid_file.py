@@ -132,7 +132,9 @@ def parse_grid(content: Any, source: str, *, name: str) -> GridFile:
     if not isinstance(npz, bool):
         raise GridError(f"{source}: npz is {npz!r}; it must be true or false")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise GridError(f"{source}: name is {name!r}; it names a folder: letters, digits and _ . -")
+        raise GridError(
+            f"{source}: name is {name!r}; it names a folder: give the grid a name of letters, digits and _ . -"
+        )
     texts = {key: str(values[key]) if key in values else None for key in ("dataset", "configuration", "recipe")}
     return GridFile(
         axes=axes,
@@ -183,8 +185,10 @@ class _Reader:
             raise GridError(f"{self.source}: axes is {axes!r}: the grid is empty; give axes of {', '.join(self.valid)}")
         found: dict[str, list[Any]] = {}
         for key, values in axes.items():
-            if not isinstance(values, list) or not values:
-                raise GridError(f"{self.source}: axis {key} is {values!r}: the grid is empty; give a list of values")
+            if not isinstance(values, list):
+                raise GridError(f"{self.source}: axis {key} is {values!r}; it must be a list of values")
+            if not values:
+                raise GridError(f"{self.source}: axis {key} is []: the grid is empty; give a list of values")
             free = all(isinstance(value, Mapping) for value in values) and key not in (*MAPPINGS, *ALIASES, *self.valid)
             name = str(key) if free else self.key(key)
             if name in found:

@@ -137,7 +137,8 @@ def _take(descriptor: int, folder: Path, own: Owner) -> bool:
     try:
         while not _locked_now(descriptor, shared=False):
             other = _read(folder)
-            is_own = own.job is not None and other is not None and other.job == own.job
+            again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+            is_own = again and own.job is not None and other is not None and other.job == own.job
             if time.monotonic() - begun > (REQUEUED if is_own else MOMENT):
                 raise SweepError(
                     f"{folder} is being written to by {other or 'another sweep'}: wait for it, or end it first"

@@ -11,10 +11,13 @@ from nnunet_norm.errors import GridError, PlansError, SetupError
 from nnunet_norm.planning import load_plans, resolve_configuration, save_plans
 from nnunet_norm.planning.batches import check_shares
 from nnunet_norm.reading import read_object
+from nnunet_norm.settings import BLOCK
 from nnunet_norm.sweep.grid import Grid
 from nnunet_norm.sweep.points import Point
+from nnunet_norm.training import NormTrainer
 from nnunet_norm.training.contradictions import refuse_contradiction
 from nnunet_norm.training.preflight import find_trainer
+from nnunet_norm.training.scaled_trainer import ScaledTrainer
 
 
 def check_points(grid: Grid) -> None:
@@ -33,14 +36,30 @@ def check_points(grid: Grid) -> None:
     for point in grid.points:
         resolved = resolve_configuration(dict(point.plans), grid.configuration)
         trainer = find_trainer(point.trainer)
-        if hasattr(trainer, "norm"):
+        if issubclass(trainer, NormTrainer):
             refuse_contradiction(resolved, trainer.norm, point.trainer)
+        elif not issubclass(trainer, ScaledTrainer):
+            _check_stock(grid, point, resolved)
         try:
             check_shares(resolved, max(grid.gpus, 1) * grid.nodes, grid.configuration)
         except PlansError as error:
             raise PlansError(f"point {point.label}: {error}") from error
         _check_results(grid, point)
         _same_plans_there(grid, point)
+
+
+def _check_stock(grid: Grid, point: Point, resolved: dict[str, Any]) -> None:
+    """Refuse what a trainer of nnU-Net's own would not do, or not heed."""
+    if max(grid.gpus, 1) * grid.nodes > 1:
+        raise GridError(
+            f"point {point.label}: {point.trainer} is not of nnunet_norm, and sweeps train such ones in one process: give "
+            "gpus: 1 and nodes: 1, or sweep them by themselves"
+        )
+    if resolved.get(BLOCK):
+        raise GridError(
+            f"point {point.label}: {point.trainer} is not of nnunet_norm, and would not heed {', '.join(resolved[BLOCK])} of "
+            "its plans: leave that out for it, or take nnUNetTrainerInstanceNorm"
+        )
 
 
 def write_plans(grid: Grid) -> None:

@@ -47,6 +47,18 @@ class Attempt:
         return self.code not in (None, 0, *INTERRUPTED)
 
 
+def ending(code: int) -> str:
+    """How an attempt ended, for people.
+
+    Args:
+        code: as :attr:`Attempt.code`.
+    """
+    if code >= 0:
+        return f"exit code {code}"
+    memory = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{memory}"
+
+
 def read_attempts(record: Path) -> list[Attempt]:
     """All attempts in their order; none if there is no record, or one that is not readable."""
     try:

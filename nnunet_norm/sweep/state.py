@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from nnunet_norm.submission import last_lines
@@ -14,8 +15,8 @@ from nnunet_norm.sweep.grid import Grid
 from nnunet_norm.sweep.locking import Owner, owner_of
 from nnunet_norm.sweep.points import Run
 from nnunet_norm.sweep.progress import Epoch, read_epochs
-from nnunet_norm.sweep.records import Attempt, read_attempts
-from nnunet_norm.sweep.task import record_of
+from nnunet_norm.sweep.records import Attempt, ending, read_attempts
+from nnunet_norm.sweep.task import log_of, record_of
 
 Kind = Literal["pending", "queued", "running", "interrupted", "failed", "done"]
 
@@ -35,6 +36,7 @@ class State:
         dice: running, interrupted or failed: nnU-Net's pseudo Dice of the last epoch; done: the mean over foreground classes
             and cases of the validation; NaN where there is none.
         lines: the last ones of a failed run's log.
+        log: of a failed run.
         owner: who trains, if it is running.
     """
 
@@ -44,6 +46,7 @@ class State:
     seconds_left: float | None = None
     dice: float = math.nan
     lines: tuple[str, ...] = ()
+    log: Path | None = None
     owner: Owner | None = None
 
 
@@ -72,18 +75,20 @@ def state_of(grid: Grid, run: Run, queue: Mapping[str, Queued] | None = None) ->
         return replace(reached, kind="running", detail=f"job {queued.job}", seconds_left=_left(run, epochs))
     if queued is not None and queued.state:
         return replace(reached, kind="queued", detail=f"job {queued.job}: {queued.state}")
-    return _left_alone(read_attempts(record_of(grid.folder, run.name)), queued, reached)
+    attempts = read_attempts(record_of(grid.folder, run.name))
+    return _left_alone(attempts, queued, reached, log_of(grid.folder, run.name))
 
 
-def _left_alone(attempts: list[Attempt], queued: Queued | None, reached: State) -> State:
+def _left_alone(attempts: list[Attempt], queued: Queued | None, reached: State, log: Path) -> State:
     """Of a run that nobody has in hand."""
     if attempts and attempts[-1].failed:
         last = attempts[-1]
-        return replace(reached, kind="failed", detail=f"exit code {last.code}", lines=tuple(last.lines))
-    if queued is not None and queued.job not in [attempt.job for attempt in attempts]:
-        lines = tuple(last_lines(queued.log))
-        if lines:
-            return replace(reached, kind="failed", detail=f"job {queued.job} never began to train", lines=lines)
+        assert last.code is not None
+        return replace(reached, kind="failed", detail=ending(last.code), lines=tuple(last.lines), log=log)
+    began = queued is not None and queued.log.is_file()  # a job that is cancelled while it waits leaves no log
+    if queued is not None and began and queued.job not in [attempt.job for attempt in attempts]:
+        detail = f"job {queued.job} ended before it began to train"
+        return replace(reached, kind="failed", detail=detail, lines=tuple(last_lines(queued.log)), log=queued.log)
     return replace(reached, kind="interrupted") if attempts else reached
 
 

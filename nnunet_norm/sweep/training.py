@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nnunet_norm.sweep.training: {error}", flush=True)  # noqa: T201 - the output of a program
         return REFUSED
     if code < 0:  # whoever started this process is to see how the training ended
-        signal.signal(-code, signal.SIG_DFL)
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
 

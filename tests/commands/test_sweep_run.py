@@ -121,8 +121,11 @@ def test_jobs_are_submitted_for_what_nobody_has(place, cluster, capsys):
     (cluster / "queue").write_text("41_0 PENDING (Resources)\n41_2 RUNNING None\n")
     assert called("run", "grid.yaml", "--engine", "slurm") == 0
     said = capsys.readouterr().out
-    assert "1 run is to be trained, as jobs of SLURM; 2 runs are queued or running already" in said
+    assert "1 run is to be trained, as jobs of SLURM;" in said
+    assert "\n2 runs are queued or running already\n" in said
     assert "submitted 42\n" in said
+    assert called("run", "grid.yaml") == 2
+    assert "SLURM has 2 jobs of this sweep (41_0, ...): wait for them, or cancel them" in capsys.readouterr().err
     assert called("status", "grid.yaml") == 0
     said = capsys.readouterr().out
     assert "queued: 1 PENDING (Resources)" in said
@@ -144,9 +147,9 @@ def test_a_folder_of_another_sweep_is_refused_by_name(place, cluster, capsys):
             (line,) = capsys.readouterr().err.splitlines()
             assert f"{MODELS[1]}/fold_1 is being written to by sweep other (process " in line
     assert not (cluster / "count").exists()
-    with locking.locked(place / "results" / DATASET / "sweeps" / "grid", "grid"):
+    with locking.locked(place / "results" / DATASET / "sweeps" / "grid__3d_fullres", "grid"):
         assert called("run", "grid.yaml") == 2
-        assert "sweeps/grid is being written to by sweep grid (process " in capsys.readouterr().err
+        assert "sweeps/grid__3d_fullres is being written to by sweep grid (process " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,12 @@ def test_what_could_not_be_trained_is_refused_before_anything_is_written(preproc
     ):
         write_plans(grid_of(tmp_path, text))
     assert [path.stem for path in preprocessed.glob("nnUNetPlans*.json")] == ["nnUNetPlans"]
+    with pytest.raises(GridError, match=r"point nnUNetTrainer: nnUNetTrainer is not of nnunet_norm, .* in one process"):
+        write_plans(grid_of(tmp_path, "gpus: 2\naxes: {trainer: [nnUNetTrainerBRN, nnUNetTrainer]}"))
+    with pytest.raises(
+        GridError, match="nnUNetTrainer is not of nnunet_norm, and would not heed initial_lr of its plans"
+    ):
+        write_plans(grid_of(tmp_path, "fixed: {lr: 0.1}\naxes: {trainer: [nnUNetTrainerBRN, nnUNetTrainer]}"))
     next(path for path in preprocessed.iterdir() if path.is_dir()).rmdir()
     with pytest.raises(SetupError, match="run nnUNetv2_preprocess -d Dataset998_Sweep -c 3d_fullres first"):
         write_plans(grid_of(tmp_path, "axes: {norm: [BRN]}"))

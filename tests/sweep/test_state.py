@@ -75,9 +75,13 @@ def test_every_state_has_its_words(sweep):
 def test_a_job_that_never_began_has_failed(sweep, tmp_path):
     """As one whose --slurm_setup fails: there is no record, and SLURM has forgotten it."""
     grid = sweep.grid()
+    queue = {grid.runs[0].name: Queued("41_0", tmp_path / "log", "")}
+    assert state_of(grid, grid.runs[0], queue).kind == "pending"  # cancelled while it waited: there is no log
+    (tmp_path / "log").touch()
+    assert state_of(grid, grid.runs[0], queue).kind == "failed"
     (tmp_path / "log").write_text("module: command not found\n")
-    state = state_of(grid, grid.runs[0], {grid.runs[0].name: Queued("41_0", tmp_path / "log", "")})
-    assert (state.kind, state.lines) == ("failed", ("module: command not found",))
+    state = state_of(grid, grid.runs[0], queue)
+    assert (state.kind, state.lines, state.log) == ("failed", ("module: command not found",), tmp_path / "log")
 
 
 def test_what_a_training_lacks(sweep):

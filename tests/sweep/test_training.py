@@ -14,7 +14,7 @@ from runs import begun, lives, task, trains, until
 from nnunet_norm.errors import SweepError
 from nnunet_norm.sweep import locking, training
 from nnunet_norm.sweep.locking import locked, owner_of
-from nnunet_norm.sweep.records import read_attempts
+from nnunet_norm.sweep.records import ending, read_attempts
 from nnunet_norm.sweep.task import Task, parse
 
 pytestmark = pytest.mark.skipif(
@@ -54,6 +54,21 @@ def test_a_failure_is_noted_with_its_last_lines(tmp_path):
     (attempt,) = read_attempts(one.record)
     assert attempt.failed
     assert list(attempt.lines) == output.splitlines()
+
+
+def test_a_training_that_the_system_kills_has_failed_and_says_so(tmp_path):
+    """As where memory runs out: the run's process dies alike, without words of its own."""
+    one = task(tmp_path)
+    (one.results / "waits").touch()
+    process = begun(one)
+    os.kill(trains(one), signal.SIGKILL)
+    code, output = ended(process)
+    assert code == -signal.SIGKILL
+    assert "Traceback" not in output
+    (attempt,) = read_attempts(one.record)
+    assert attempt.failed
+    assert ending(attempt.code) == "killed by SIGKILL, as the system does where memory runs out"
+    assert ending(1) == "exit code 1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -112,6 +127,7 @@ def test_a_requeued_job_waits_for_what_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     one = task(tmp_path)
     with locked(one.results, "tried"):
         assert owner_of(one.results).job == "40_3"
