@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = {
     "errors": 0,
     "reading": 0,
+    "scores": 0,
+    "validations": 0,
     "writing": 0,
     "living": 0,
     "orphans": 0,
@@ -42,6 +44,8 @@ RANKS = {
 WITHOUT_NNUNET = {
     "errors": set(),
     "reading": set(),
+    "scores": set(),
+    "validations": set(),
     "writing": set(),
     "living": {"torch"},
     "orphans": set(),

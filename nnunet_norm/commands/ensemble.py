@@ -19,23 +19,25 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_norm.commands.ensemble_checks import check_flags
 from nnunet_norm.commands.machine import DEVICES, default_processes, device_named
 from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.metric_options import add_metric_arguments, parse_tolerance
 from nnunet_norm.commands.model import fold, model_folder
 from nnunet_norm.commands.sizes import parse_size
-from nnunet_norm.errors import EnsembleError, SetupError
+from nnunet_norm.errors import EnsembleError
+from nnunet_norm.scores import METRICS
 
 if TYPE_CHECKING:
     from nnunet_norm.ensembling import Merging, Model, Postprocessing, Prediction
 
 FOLDS = (0, 1, 2, 3, 4)
 POSTPROCESSING = ("none", "each", "after")
-METRICS = ("Dice", "NSD")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +121,16 @@ def _add_prediction_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--find", action="store_true", help="score every model and every pair in cross-validation")
     group.add_argument("--sweep", metavar="GRID", help="all models of a sweep, in place of -m")
+    group.add_argument("-c", metavar="CONFIGURATION", help="with --sweep: of its models (default: the grid's)")
     group.add_argument("--metric", choices=METRICS, default=METRICS[0], help="chooses the best (default: Dice)")
     group.add_argument("--candidates", type=int, metavar="N", help="pairs of the N best models only (default: of all)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Average, predict and average, or search."""
-    _check(args)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    check_flags(args, parser)
     max_memory = parse_size(args.max_memory, "--max-memory") if args.max_memory is not None else None
     if args.find:
         _find(args)
@@ -133,40 +138,6 @@ def run(args: argparse.Namespace) -> None:
         _predict(args, max_memory)
     else:
         _average(args)
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.np < 0 or min(args.npp, args.nps) < 0:
-        raise SetupError(f"-np {args.np}, -npp {args.npp} and -nps {args.nps} must not be negative")
-    if args.candidates is not None and args.candidates < 1:
-        raise SetupError(f"--candidates {args.candidates} must be at least 1")
-    if args.find:
-        for name in ("i", "o"):
-            if getattr(args, name):
-                raise EnsembleError(f"-{name} is of no use with --find, which reads validations and writes beside them")
-        if (args.m is None) == (args.sweep is None):
-            raise EnsembleError("--find needs models: give either -d and -m, or --sweep")
-        return
-    for name in ("i", "o"):
-        if not getattr(args, name):
-            raise EnsembleError(
-                f"-{name} is missing: give {'folders to average' if name == 'i' else 'the folder to write'}"
-            )
-    if args.sweep is not None:
-        raise EnsembleError(f"--sweep {args.sweep} is for --find, which tells the best models to give with -m")
-    if args.m and len(args.i) > 1:
-        raise EnsembleError(
-            f"-i {' '.join(args.i)}: with -m, give one folder of images; leave -m out to average predictions"
-        )
-    many = len(args.m or args.i)
-    given, wanted = args.pp_pkl_file, {"none": 0, "each": many, "after": 1}[args.postprocessing]
-    if given is not None and len(given) != wanted:
-        raise EnsembleError(
-            f"-pp_pkl_file has {len(given)} file{'s' * (len(given) != 1)}, and --postprocessing {args.postprocessing} takes "
-            f"{wanted or 'none'}"
-        )
-    if not args.m and args.postprocessing != "none" and given is None:
-        raise EnsembleError(f"--postprocessing {args.postprocessing} of predictions: name the files with -pp_pkl_file")
 
 
 def _average(args: argparse.Namespace) -> None:
@@ -257,8 +228,10 @@ def _content(file: str | None) -> str | None:
 def _models(args: argparse.Namespace) -> list[Model]:
     """The models of -m, each with its folds.
 
+    With -d, a name of nnU-Net's is that of the dataset's model, whatever lies in the working folder.
+
     Raises:
-        EnsembleError: with -d, a name that is not nnU-Net's.
+        EnsembleError: with -d, a name that is not nnU-Net's; a fold that is given twice.
         SetupError: nnUNet_results is not set, or there is no such dataset.
     """
     from nnunet_norm.ensembling import Model
@@ -268,13 +241,16 @@ def _models(args: argparse.Namespace) -> list[Model]:
         name, separator, numbers = word.rpartition(":")
         own = [fold(number) for number in numbers.split(",")] if separator and _are_folds(numbers) else None
         name = word if own is None else name
-        if args.d is not None and not Path(name).is_dir():
-            parts = name.split("__")
+        folds = tuple(own or args.f or FOLDS)
+        if len(set(folds)) < len(folds):
+            raise EnsembleError(f"-m {word} has a fold twice ({', '.join(map(str, folds))}): give every fold once")
+        parts = [] if Path(name).name != name else name.split("__")
+        if args.d is not None and (len(parts) == 3 or not Path(name).is_dir()):
             if len(parts) != 3:
                 raise EnsembleError(f"-m {name!r} is neither a folder nor <trainer>__<plans>__<configuration>")
             found = dict(zip(("tr", "p", "c"), parts, strict=True))
             name = model_folder(argparse.Namespace(m=None, d=args.d, **found))
-        models.append(Model(Path(name), tuple(own or args.f or FOLDS)))
+        models.append(Model(Path(os.path.abspath(name)), folds))
     return models
 
 
@@ -290,7 +266,7 @@ def _find(args: argparse.Namespace) -> None:
     if args.sweep is not None:
         from nnunet_norm.sweep.grid import load_grid
 
-        grid = load_grid(args.sweep, dataset=args.d, folds=args.f)
+        grid = load_grid(args.sweep, dataset=args.d, configuration=args.c, folds=args.f)
         models = [Model(grid.model_folder(point), tuple(grid.folds)) for point in grid.points]
         folder = grid.folder
     else:

@@ -7,9 +7,7 @@ import math
 from collections.abc import Sequence
 
 from nnunet_norm.errors import EvaluationError
-
-EVERY = "*"
-"""All classes that have no tolerance of their own, as :class:`nnunet_norm.evaluation.Options` has them."""
+from nnunet_norm.scores import EVERY
 
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,9 @@ from nnunet_norm.ensembling.merging import Merging, merge_folders
 from nnunet_norm.ensembling.models import Model
 from nnunet_norm.ensembling.postprocessing import Postprocessing, load_postprocessing
 from nnunet_norm.ensembling.predicting import Prediction, predict_ensemble
-from nnunet_norm.ensembling.search import METRICS, Candidate, Found, Search
+from nnunet_norm.ensembling.search import Candidate, Found, Search
 
 __all__ = [
-    "METRICS",
     "Candidate",
     "Found",
     "Member",

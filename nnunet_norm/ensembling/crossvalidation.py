@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,12 @@ from nnunetv2.evaluation import accumulate_cv_results as accumulation
 from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string
 
 from nnunet_norm.ensembling.members import Member
-from nnunet_norm.ensembling.merging import Merging, merge_folders
+from nnunet_norm.ensembling.merging import Merging, merge_folders, write_descriptions
 from nnunet_norm.ensembling.models import Fold, Model, pair_folder
 from nnunet_norm.ensembling.record import Record, state_of
 from nnunet_norm.errors import EnsembleError
 from nnunet_norm.prediction.checks import listed
+from nnunet_norm.validations import FINAL, is_of_training
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,28 @@ class CrossValidation:
         return self.model.folder / f"crossval_results_folds_{folds_tuple_to_string(list(self.model.folds))}"
 
     def check_probabilities(self) -> None:
-        """Refuse a cross-validation without probabilities.
+        """Refuse a cross-validation without probabilities, or with those of an earlier training.
 
         Raises:
             EnsembleError: naming the command that makes them.
         """
-        without = [
-            case
-            for case, path in self.segmentations.items()
-            if not all(path.with_name(case + end).is_file() for end in (".npz", ".pkl"))
+        files = {
+            case: [path.with_name(case + end) for end in (".npz", ".pkl")] for case, path in self.segmentations.items()
+        }
+        without = [case for case, paths in files.items() if not all(path.is_file() for path in paths)]
+        self._refuse(without, "has no probabilities of", "")
+        old = [
+            case for case, path in self.segmentations.items() if not is_of_training(files[case][0], path.parent.parent)
         ]
-        if without:
-            folds = list(dict.fromkeys(self.fold_of[case] for case in without))
+        self._refuse(old, "has only probabilities of an earlier training of", f", whose .npz are older than {FINAL}")
+
+    def _refuse(self, cases: Sequence[str], lacks: str, why: str) -> None:
+        if cases:
+            folds = list(dict.fromkeys(self.fold_of[case] for case in cases))
             also = f", and likewise for fold {', '.join(map(str, folds[1:]))}" if len(folds) > 1 else ""
             raise EnsembleError(
-                f"model {self.model.name} has no probabilities of {len(without)} validation cases ({listed(without)}): make "
-                f"them with {validation_command(self.model, folds[0])}{also}"
+                f"model {self.model.name} {lacks} {len(cases)} validation cases ({listed(cases)}){why}: make them with "
+                f"{validation_command(self.model, folds[0])}{also}"
             )
 
     def member(self) -> Member:
@@ -123,7 +132,8 @@ def check_same_cases(found: Sequence[CrossValidation]) -> None:
 def join_folds(one: CrossValidation, num_processes: int) -> None:
     """Join the segmentations of all folds in nnU-Net's folder for that, by nnU-Net's function but without its evaluation.
 
-    Nothing is copied if that was done before and no fold has predicted since.
+    A folder that holds these very segmentations stays, with the postprocessing that was determined on it, whoever made it.
+    One that holds others is replaced, and so is its postprocessing.
     """
     sources = {case: [state_of(path)] for case, path in one.segmentations.items()}
     outputs = {case: [one.joined / path.name] for case, path in one.segmentations.items()}
@@ -132,10 +142,18 @@ def join_folds(one: CrossValidation, num_processes: int) -> None:
     same = there == {path for paths in outputs.values() for path in paths}
     if same and all(record.is_done(case, sources[case], outputs[case]) for case in sources):
         return
-    with mock.patch.object(accumulation, "compute_metrics_on_folder"):
-        accumulation.accumulate_cv_results(
-            str(one.model.folder), str(one.joined), list(one.model.folds), num_processes, overwrite=True
-        )
+    if same and all(filecmp.cmp(path, one.joined / path.name, shallow=False) for path in one.segmentations.values()):
+        write_descriptions(one.member(), one.joined)
+    else:
+        beside = one.joined.with_name(f".{one.joined.name}.unfinished")
+        with mock.patch.object(accumulation, "compute_metrics_on_folder"):
+            accumulation.accumulate_cv_results(
+                str(one.model.folder), str(beside), list(one.model.folds), num_processes, overwrite=True
+            )
+        if one.joined.is_dir():
+            shutil.rmtree(one.joined)
+        os.replace(beside, one.joined)
+    record.keep_only(())
     record.note_all(sources, outputs)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_norm.ensembling.models import Model
-from nnunet_norm.ensembling.search import METRICS, Candidate, Found, best_by
-from nnunet_norm.evaluation import ABSENT, SETTINGS
-from nnunet_norm.evaluation.measuring import HD95, NSD
+from nnunet_norm.ensembling.search import Candidate, Found, best_by
+from nnunet_norm.evaluation import ABSENT, SETTINGS, tolerance_in_words
 from nnunet_norm.pages import markdown_table
+from nnunet_norm.scores import DICE, HD95, METRICS, NSD
 from nnunet_norm.training.reporting import none_for_nan
 from nnunet_norm.writing import write_json, written_beside
 
@@ -21,7 +21,7 @@ RESULTS = "ensemble_results.json"
 
 def table_of(found: Found) -> str:
     """Every candidate with its scores, the best first; the best of each column is marked."""
-    metrics = [metric for metric in ("Dice", NSD, HD95) if metric in found.best.summary["foreground_mean"]]
+    metrics = [metric for metric in (DICE, NSD, HD95) if metric in found.best.summary["foreground_mean"]]
     leaders = {metric: best_by(found.candidates, metric) for metric in METRICS if _is_measured(found, metric)}
     order = sorted(found.candidates, key=lambda one: _sortable(one.score(found.metric)), reverse=True)
     rows = [
@@ -29,50 +29,45 @@ def table_of(found: Found) -> str:
         for one in order
     ]
     table = markdown_table([*metrics, "model or pair"], rows)
-    cases = len(found.best.summary["metric_per_case"])
+    cases, at = len(found.best.summary["metric_per_case"]), tolerance_in_words(found.best.summary[SETTINGS])
     return (
-        f"{table}\nMean over classes of the mean over {cases} cases; NSD at {_tolerance(found)}; * is the best of its "
-        f"column. {ABSENT}"
+        f"{table}\nMean over classes of the mean over {cases} cases; NSD at {at}; * is the best of its column. {ABSENT}"
     )
-
-
-def _tolerance(found: Found) -> str:
-    settings = found.best.summary[SETTINGS]
-    of = settings["tolerance"]
-    if len(set(of.values())) == 1:
-        return f"{next(iter(of.values())):g} mm"
-    return ", ".join(f"{value:g} mm ({settings['classes'][key]})" for key, value in of.items())
 
 
 def commands_of(candidate: Candidate) -> list[str]:
     """The commands that predict new images with a model or a pair."""
     folds = " ".join(map(str, candidate.models[0].folds))
     if len(candidate.models) == 1:
-        return [_predict(candidate.models[0], "OUTPUT_FOLDER")]
-    if not any(_is_cascade(model) for model in candidate.models):
+        return _predict(candidate.models[0], "OUTPUT_FOLDER")
+    if all(model.previous_stage is None for model in candidate.models):
         names = " ".join(model.name for model in candidate.models)
         return [
             f"nnunet-norm ensemble -d {candidate.models[0].dataset} -m {names} -f {folds} -i INPUT_FOLDER -o OUTPUT_FOLDER"
         ]
     folders = [f"OUTPUT_FOLDER_MODEL_{number + 1}" for number in range(len(candidate.models))]
     single = [
-        f"{_predict(model, folder)} --save_probabilities"
+        command
         for model, folder in zip(candidate.models, folders, strict=True)
+        for command in _predict(model, folder, " --save_probabilities")
     ]
     return [*single, f"nnunet-norm ensemble -i {' '.join(folders)} -o OUTPUT_FOLDER"]
 
 
-def _predict(model: Model, output: str) -> str:
-    trainer, plans, configuration = model.parts
-    previous = " -prev_stage_predictions OUTPUT_FOLDER_PREV_STAGE" if _is_cascade(model) else ""
-    return (
-        f"nnunet-norm predict -d {model.dataset} -i INPUT_FOLDER -o {output} -f {' '.join(map(str, model.folds))} "
-        f"-tr {trainer} -c {configuration} -p {plans}{previous}"
-    )
+def _predict(model: Model, output: str, also: str = "") -> list[str]:
+    """The command that predicts with a model; in a cascade, after that of the first stage, which has the same trainer."""
+    trainer, plans, own = model.parts
 
+    def command(configuration: str, output: str) -> str:
+        return (
+            f"nnunet-norm predict -d {model.dataset} -i INPUT_FOLDER -o {output} -f {' '.join(map(str, model.folds))} "
+            f"-tr {trainer} -c {configuration} -p {plans}"
+        )
 
-def _is_cascade(model: Model) -> bool:
-    return "previous_stage" in model.plans["configurations"].get(model.parts[2], {})
+    if model.previous_stage is None:
+        return [f"{command(own, output)}{also}"]
+    first = f"{output}_PREV_STAGE"
+    return [command(model.previous_stage, first), f"{command(own, output)} -prev_stage_predictions {first}{also}"]
 
 
 def postprocessing_command(found: Found) -> str:

@@ -61,6 +61,12 @@ class Member:
         """The member's own segmentation of a case."""
         return self.files[case].with_name(case + self.file_ending)
 
+    def sources(self, case: str) -> list[Path]:
+        """All files of a case that are read, whether they are there or not."""
+        probabilities = self.files[case]
+        segmentation = [] if self.postprocessing is None else [self.segmentation(case)]
+        return [probabilities, probabilities.with_suffix(".pkl"), *segmentation]
+
 
 def member_of_folder(folder: str | Path, postprocessing: Postprocessing | None = None) -> Member:
     """A folder that nnunet-norm predict or nnUNetv2_predict wrote with ``--save_probabilities``.

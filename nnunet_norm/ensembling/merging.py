@@ -8,7 +8,8 @@ All files of a case are read side by side, piece by piece, and their average goe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from nnunet_norm.ensembling.members import Member, check_case, check_members, properties_of
 from nnunet_norm.ensembling.postprocessing import Postprocessing
 from nnunet_norm.ensembling.probabilities import VOXELS, read_header, read_pieces
-from nnunet_norm.ensembling.record import Record, state_of
+from nnunet_norm.ensembling.record import Record, digest_of, state_of
 from nnunet_norm.errors import EnsembleError, InputImageError
 from nnunet_norm.orphans import end_with_parent
 from nnunet_norm.prediction.checks import check_output_folder, read_segmentation
@@ -60,6 +61,7 @@ class Merging:
         return {
             "postprocessing_before": [_described(member.postprocessing) for member in members],
             "postprocessing_after": _described(self.postprocessing),
+            "descriptions": digest_of([[member.plans, member.dataset_json] for member in members]),
         }
 
 
@@ -84,21 +86,45 @@ def merge_folders(members: Sequence[Member], output: str | Path, merging: Mergin
         OutputError: a file cannot be written.
     """
     cases = check_members(members)
-    folders = {os.path.realpath(path.parent) for member in members for path in member.files.values()}
-    if os.path.realpath(output) in folders:
-        raise EnsembleError(f"-o {output} is one of the folders that are averaged: choose another")
-    check_output_folder(str(output))
-    record = Record(output, merging.settings(members))
-    sources = {case: [state_of(member.files[case]) for member in members] for case in cases}
-    outputs = {case: merging.outputs(output, case, members[0].file_ending) for case in cases}
-    done = [case for case in cases if record.is_done(case, sources[case], outputs[case])]
-    todo = [case for case in cases if case not in set(done)]
-    for case in tqdm(todo, desc="checking", disable=not merging.progress, leave=False):
-        check_case(members, case)
-    write_descriptions(members[0], output)
-    record.keep_only(done)
-    merge_cases(members, todo, output, merging, lambda case: record.note(case, sources[case], outputs[case]))
+    check_other_folder(output, [path.parent for member in members for path in member.files.values()], "averaged")
+    paths = {case: [path for member in members for path in member.sources(case)] for case in cases}
+    with alone_in(output):
+        record = Record(output, merging.settings(members))
+        sources = {case: [state_of(path) for path in paths[case] if path.is_file()] for case in cases}
+        outputs = {case: merging.outputs(output, case, members[0].file_ending) for case in cases}
+        done = [case for case in cases if record.is_done(case, sources[case], outputs[case])]
+        todo = [case for case in cases if case not in set(done)]
+        for case in tqdm(todo, desc="checking", disable=not merging.progress, leave=False):
+            check_case(members, case)
+        write_descriptions(members[0], output)
+        record.keep_only(done)
+        merge_cases(members, todo, output, merging, lambda case: record.note(case, sources[case], outputs[case]))
     return todo
+
+
+def check_other_folder(output: str | Path, inputs: Iterable[str | Path], what: str) -> None:
+    """Refuse to write among what is read.
+
+    Raises:
+        EnsembleError: the output is one of the inputs.
+    """
+    if os.path.realpath(output) in {os.path.realpath(folder) for folder in inputs}:
+        raise EnsembleError(f"-o {output} is one of the folders that are {what}: choose another")
+
+
+@contextmanager
+def alone_in(output: str | Path) -> Iterator[None]:
+    """Keep other ensembles out of the folder that is written, made if need be, until the block ends.
+
+    Raises:
+        OutputError: another process writes an ensemble there, or the folder cannot be written to.
+    """
+    check_output_folder(str(output))
+    work = WorkFolder(output, os.path.join(output, ""), resume=False)  # no case's, and short however long the name is
+    try:
+        yield
+    finally:
+        work.close(remove=True)
 
 
 def write_descriptions(member: Member, output: str | Path) -> None:

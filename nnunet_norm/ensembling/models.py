@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from nnunetv2.utilities.file_path_utilities import get_ensemble_name
 
 from nnunet_norm.ensembling.members import check_descriptions, read_description
 from nnunet_norm.ensembling.postprocessing import FILE as POSTPROCESSING_FILE
-from nnunet_norm.ensembling.postprocessing import Postprocessing, load_postprocessing, postprocessing_of_model
+from nnunet_norm.ensembling.postprocessing import Postprocessing, postprocessing_in, postprocessing_of_model
 from nnunet_norm.errors import EnsembleError, ModelFolderError
+from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.prediction.model_folder import check_model_folder
 
 Fold = int | str
@@ -64,6 +66,16 @@ class Model:
         """With the labels."""
         return read_description(self.folder / "dataset.json")
 
+    @property
+    def previous_stage(self) -> str | None:
+        """The configuration whose predictions it continues, if it is the second stage of a cascade.
+
+        Raises:
+            ModelFolderError, PlansError: its name does not tell its configuration, or its plans do not have that.
+        """
+        name: str | None = resolve_configuration(self.plans, self.parts[2]).get("previous_stage")
+        return name
+
     def postprocessing(self) -> Postprocessing:
         """Its own, determined on the cross-validation of its folds; raises EnsembleError."""
         return postprocessing_of_model(self.folder, self.folds)
@@ -106,12 +118,29 @@ def check_models(models: Sequence[Model], checkpoint_name: str) -> None:
         check_model_folder(str(model.folder), model.folds, checkpoint_name)
     check_one_dataset(models)
     for model in models:
-        configuration = model.plans["configurations"].get(model.parts[2], {})
-        if "previous_stage" in configuration:
+        if model.previous_stage is not None:
             raise EnsembleError(
-                f"model {model.name} continues the cascade's {configuration['previous_stage']}: predict it with nnunet-norm "
+                f"model {model.name} continues the cascade's {model.previous_stage}: predict it with nnunet-norm "
                 "predict -prev_stage_predictions and --save_probabilities, and average the folders (-i)"
             )
+
+
+LONGEST_NAME = 255
+"""Bytes that file systems allow the name of a folder."""
+
+
+def check_pair_name(first: Model, second: Model) -> None:
+    """Refuse a pair whose folder cannot have the name that nnU-Net gives it.
+
+    Raises:
+        EnsembleError: as said.
+    """
+    length = len(os.fsencode(pair_folder(first, second).name))
+    if length > LONGEST_NAME:
+        raise EnsembleError(
+            f"the folder of the pair {first.name} and {second.name} would have a name of {length} bytes, and file systems "
+            f"allow {LONGEST_NAME}: leave one of them out (-m), or compare models without pairs (--candidates 1)"
+        )
 
 
 def pair_folder(first: Model, second: Model) -> Path:
@@ -131,5 +160,7 @@ def postprocessing_of_ensemble(models: Sequence[Model]) -> Postprocessing:
             f"postprocessing of {len(models)} models is known only for two with the same folds: name a file with -pp_pkl_file"
         )
     first, second = models
-    paths = [pair_folder(*pair) / POSTPROCESSING_FILE for pair in ((first, second), (second, first))]
-    return load_postprocessing(next((path for path in paths if path.is_file()), paths[0]))
+    folders = [pair_folder(*pair) for pair in ((first, second), (second, first))]
+    return postprocessing_in(
+        next((folder for folder in folders if (folder / POSTPROCESSING_FILE).is_file()), folders[0])
+    )

@@ -16,10 +16,14 @@ from nnunetv2.utilities.file_path_utilities import folds_tuple_to_string
 from numpy.typing import NDArray
 
 from nnunet_norm.ensembling.pickles import load_restricted
+from nnunet_norm.ensembling.record import changed_since
 from nnunet_norm.errors import EnsembleError
 
 FILE = "postprocessing.pkl"
 """What nnU-Net's determine_postprocessing writes."""
+
+POSTPROCESSED = "postprocessed"
+"""Where it leaves what its choice makes of the segmentations."""
 
 _FUNCTION = remove_all_but_largest_component_from_segmentation
 _ARGUMENTS = {"labels_or_regions", "background_label"}
@@ -74,6 +78,23 @@ def load_postprocessing(path: str | Path) -> Postprocessing:
     return Postprocessing(path, tuple(arguments))
 
 
+def postprocessing_in(folder: Path) -> Postprocessing:
+    """The postprocessing that was determined on the cross-validation in a folder.
+
+    Raises:
+        EnsembleError: a search has noted of what files it was determined, and they have changed; see also
+            ``load_postprocessing``.
+    """
+    found = load_postprocessing(folder / FILE)
+    changed = [*changed_since(folder / POSTPROCESSED), *changed_since(folder)]
+    if changed:
+        raise EnsembleError(
+            f"postprocessing {found.path} was determined before {changed[0]} was written anew: search again with nnunet-norm "
+            "ensemble --find, or name a file with -pp_pkl_file"
+        )
+    return found
+
+
 def postprocessing_of_model(folder: str | Path, folds: Sequence[int | str]) -> Postprocessing:
     """The model's own postprocessing, determined on the cross-validation of exactly these folds.
 
@@ -87,4 +108,4 @@ def postprocessing_of_model(folder: str | Path, folds: Sequence[int | str]) -> P
             f"model {Path(folder).name} has no postprocessing of its own for fold {', '.join(map(str, folds))}: {first}run "
             f"nnUNetv2_determine_postprocessing -i {joined} -ref REFERENCES, or name one with -pp_pkl_file"
         )
-    return load_postprocessing(joined / FILE)
+    return postprocessing_in(joined)

@@ -6,7 +6,6 @@ goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_norm.ensembling.members import Member, check_case, check_members
-from nnunet_norm.ensembling.merging import Merging, merge_cases, write_descriptions
+from nnunet_norm.ensembling.merging import Merging, alone_in, check_other_folder, merge_cases, write_descriptions
 from nnunet_norm.ensembling.models import Model, check_models
 from nnunet_norm.ensembling.postprocessing import Postprocessing
-from nnunet_norm.ensembling.record import Record, state_of
+from nnunet_norm.ensembling.record import Record, digest_of, state_of
 from nnunet_norm.errors import InputImageError
 from nnunet_norm.prediction import HaloPredictor
 from nnunet_norm.prediction.checks import case_name, check_output_folder, find_cases
@@ -89,19 +88,34 @@ def predict_ensemble(
     before = list(before) if before is not None else [None] * len(models)
     ending = models[0].dataset_json["file_ending"]
     files = {case_name(case, ending): case for case in find_cases(images, ending)}
-    check_output_folder(str(output))
-    folders = [Path(output, MEMBERS, _folder_name(model, prediction, files)) for model in models]
-    members = [_member(*each, files) for each in zip(models, folders, before, strict=True)]
-    record = Record(output, {**merging.settings(members), "predictions": [folder.name for folder in folders]})
+    check_other_folder(output, [images], "predicted")
+    folders = {model: Path(output, MEMBERS, _folder_name(model, prediction, files)) for model in models}
+    members = [_member(model, folders[model], post, files) for model, post in zip(models, before, strict=True)]
+    with alone_in(output):
+        _predict_and_merge(folders, files, members, output, prediction, merging)
+        _clear(Path(output), folders, keep=keep_members)
+
+
+def _predict_and_merge(
+    folders: Mapping[Model, Path],
+    files: Mapping[str, Sequence[str]],
+    members: Sequence[Member],
+    output: str | Path,
+    prediction: Prediction,
+    merging: Merging,
+) -> None:
+    """Make what is not done; raises InputImageError after all others, if there are cases that could not be predicted."""
+    predictions = [folder.name for folder in folders.values()]
+    record = Record(output, {**merging.settings(members), "predictions": predictions})
     sources = {case: [state_of(path) for path in paths] for case, paths in files.items()}
-    outputs = {case: merging.outputs(output, case, ending) for case in files}
+    outputs = {case: merging.outputs(output, case, members[0].file_ending) for case in files}
     done = [case for case in files if record.is_done(case, sources[case], outputs[case])]
     todo = [case for case in files if case not in set(done)]
     failures = []
-    for number, (model, folder) in enumerate(zip(models, folders, strict=True), 1):
+    for number, (model, folder) in enumerate(folders.items(), 1):
         if not todo:
             break
-        logger.info(f"model {number} of {len(models)}: {model.name}, fold {', '.join(map(str, model.folds))}")
+        logger.info(f"model {number} of {len(folders)}: {model.name}, fold {', '.join(map(str, model.folds))}")
         needed = files if prediction.shared_statistics else {case: files[case] for case in todo}
         try:
             _predict(model, needed, folder, prediction)
@@ -118,7 +132,6 @@ def predict_ensemble(
         merge_cases(members, todo, output, merging, lambda case: record.note(case, sources[case], outputs[case]))
     if failures:
         raise InputImageError("; ".join(failures))
-    _clear(Path(output), folders, models, keep=keep_members)
 
 
 def _member(model: Model, folder: Path, before: Postprocessing | None, files: Mapping[str, Sequence[str]]) -> Member:
@@ -138,8 +151,7 @@ def _folder_name(model: Model, prediction: Prediction, files: Mapping[str, Seque
     }
     if prediction.shared_statistics:
         identity["images"] = [state_of(path) for paths in files.values() for path in paths]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return f"{model.name}-{digest}"
+    return f"{model.name}-{digest_of(identity)}"
 
 
 def _predict(model: Model, files: Mapping[str, Sequence[str]], folder: Path, prediction: Prediction) -> None:
@@ -182,12 +194,14 @@ def _forget_changed_images(model: Model, folder: Path, states: Mapping[str, Any]
     write_json(folder / IMAGES, {**known, **states})
 
 
-def _clear(output: Path, folders: Sequence[Path], models: Sequence[Model], *, keep: bool) -> None:
+def _clear(output: Path, folders: Mapping[Model, Path], *, keep: bool) -> None:
     """Remove the members' predictions, or give them names that are seen."""
     if keep:
-        for model, folder in zip(models, folders, strict=True):
+        names = [f"{model.name}__fold_{'_'.join(map(str, model.folds))}" for model in folders]
+        for number, folder in enumerate(folders.values()):
             if folder.is_dir():
-                target = output / "members" / f"{model.name}__fold_{'_'.join(map(str, model.folds))}"
+                same = names[:number].count(names[number])  # models of other folders may have the same name
+                target = output / "members" / (f"{names[number]}__{same + 1}" if same else names[number])
                 shutil.rmtree(target, ignore_errors=True)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(folder, target)

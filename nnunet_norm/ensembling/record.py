@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,33 @@ def state_of(path: str | os.PathLike[str]) -> list[Any]:
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
 
+def digest_of(content: Any) -> str:
+    """A short digest of descriptions."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def changed_since(folder: str | Path) -> list[str]:
+    """Files that the cases in a folder were made of, or those cases, that are others now than its record says.
+
+    Files that are gone do not count: folders may have been moved, and probabilities removed.
+    """
+    cases = _read(Path(folder) / FILE).get("cases")
+    changed = []
+    for case in cases.values() if isinstance(cases, dict) else ():
+        for path, *noted in (*case["sources"], *case["outputs"]):
+            if os.path.isfile(path) and state_of(path)[1:] != noted:
+                changed.append(path)
+    return changed
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or that of somebody else: then nothing is known
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class Record:
     """What the cases in a folder were made of."""
 
@@ -31,12 +59,9 @@ class Record:
         """
         self.file = Path(folder) / FILE
         self.settings = json.loads(json.dumps(settings))
-        try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or that of somebody else: all is made anew
-            found = {}
-        same = isinstance(found, dict) and found.get("settings") == self.settings
-        self._cases: dict[str, Any] = found["cases"] if same and isinstance(found.get("cases"), dict) else {}
+        found = _read(self.file)
+        same = found.get("settings") == self.settings and isinstance(found.get("cases"), dict)
+        self._cases: dict[str, Any] = found["cases"] if same else {}
 
     def is_done(self, case: str, sources: Sequence[Any], outputs: Sequence[Path]) -> bool:
         """Whether the outputs of a case are there as they were made of these sources."""

@@ -27,15 +27,14 @@ from nnunet_norm.ensembling.crossvalidation import (
     join_folds,
 )
 from nnunet_norm.ensembling.merging import Merging
-from nnunet_norm.ensembling.models import Model, check_one_dataset
-from nnunet_norm.ensembling.postprocessing import FILE, Postprocessing, load_postprocessing
+from nnunet_norm.ensembling.models import Model, check_one_dataset, check_pair_name
+from nnunet_norm.ensembling.postprocessing import FILE, POSTPROCESSED, Postprocessing, load_postprocessing
 from nnunet_norm.ensembling.record import Record, state_of
 from nnunet_norm.errors import EnsembleError, SetupError
 from nnunet_norm.evaluation import Options, evaluate_folder
+from nnunet_norm.scores import METRICS
 
 logger = logging.getLogger(__name__)
-
-METRICS = ("Dice", "NSD")
 
 CACHE = ".evaluation"
 """In every folder of a cross-validation: what was measured of its files."""
@@ -140,6 +139,9 @@ class Search:
         found = [crossvalidation_of(model) for model in models]
         check_one_dataset(models)
         check_same_cases(found)
+        if self.num_candidates != 1:
+            for pair in itertools.combinations(models, 2):
+                check_pair_name(*pair)
         if self.num_candidates is None or self.num_candidates >= len(models):
             self._check_pairs(found)
         reference = reference_folder(models[0].dataset)
@@ -187,11 +189,11 @@ class Search:
     def _postprocessing(self, best: Candidate, reference: Path) -> Postprocessing:
         """By nnU-Net's function, unless it was determined for these very files before."""
         file, ending = best.folder / FILE, best.models[0].dataset_json["file_ending"]
-        record = Record(best.folder / "postprocessed", {"postprocessing": "determine_postprocessing"})
+        record = Record(best.folder / POSTPROCESSED, {"postprocessing": "determine_postprocessing"})
         sources = [state_of(path) for path in sorted(best.folder.glob(f"*{ending}"))]
         if not record.is_done(FILE, sources, [file]):
             logger.info(f"determining nnU-Net's postprocessing of the best: {best.name}")
-            shutil.rmtree(best.folder / "postprocessed", ignore_errors=True)
+            shutil.rmtree(best.folder / POSTPROCESSED, ignore_errors=True)
             determine_postprocessing(
                 str(best.folder),
                 str(reference),

@@ -4,7 +4,7 @@ from nnunet_norm.evaluation.comparison import Comparison, compare, per_case
 from nnunet_norm.evaluation.evaluate import ABSENT, SETTINGS, evaluate_folder, evaluate_pairs, summary_of
 from nnunet_norm.evaluation.options import DEFAULT_TOLERANCE, Classes, Options
 from nnunet_norm.evaluation.pairs import Pair, pairs_of_folders
-from nnunet_norm.evaluation.table import as_text
+from nnunet_norm.evaluation.table import as_text, tolerance_in_words
 
 __all__ = [
     "ABSENT",
@@ -21,4 +21,5 @@ __all__ = [
     "pairs_of_folders",
     "per_case",
     "summary_of",
+    "tolerance_in_words",
 ]

@@ -12,9 +12,12 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from nnunet_norm.errors import EvaluationError
+from nnunet_norm.scores import SMALLER_IS_BETTER
 
 RESAMPLES = 9999
 """Draws of the bootstrap (the number that SciPy takes)."""
+
+_Values = dict[str, list[dict[str, float]]]
 
 _SEED = 0
 _NUMBERS_AT_ONCE = 2_000_000
@@ -31,8 +34,9 @@ class Comparison:
         level: of the interval, 0.95 for 95 %.
         num_cases: cases in both.
         left_out: cases that are in one summary alone, or have no value in one of them.
-        wins: cases in which the first has the larger value.
-        losses: cases in which the second has.
+        partial: of the cases in both those that are compared without classes of which one has no value, see :func:`compare`.
+        wins: cases in which the first is better: has the larger value or, of distances, the smaller one.
+        losses: cases in which the second is.
     """
 
     mean: float
@@ -41,6 +45,7 @@ class Comparison:
     level: float
     num_cases: int
     left_out: int
+    partial: int
     wins: int
     losses: int
 
@@ -57,12 +62,7 @@ def per_case(summary: Mapping[str, Any], metric: str) -> dict[str, float]:
     Raises:
         EvaluationError: the summary does not have the metric.
     """
-    means: dict[str, list[float]] = {}
-    for entry in summary["metric_per_case"]:
-        value = _mean(entry["metrics"], metric)
-        if not math.isnan(value):
-            means.setdefault(_case_of(entry), []).append(value)
-    return {case: float(np.mean(values)) for case, values in means.items()}
+    return _means(_values(summary, metric))
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any], metric: str, *, level: float = 0.95) -> Comparison:
@@ -70,6 +70,9 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], metric: str, *,
 
     The interval says how much the mean would vary with other cases of the same kind, for these two trained models; it knows
     nothing of how much training again would change. The draws are the same in every call.
+
+    A class that only one segmentation has counts as 0 in Dice and NSD, but has no distance: who misses it would have the
+    smaller mean. Of distances a case's means are therefore over the classes that have a value in both summaries.
 
     Args:
         first: a summary, as for :func:`per_case`.
@@ -83,7 +86,11 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], metric: str, *,
     References:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
-    a, b = per_case(first, metric), per_case(second, metric)
+    of_first, of_second = _values(first, metric), _values(second, metric)
+    incomplete: set[str] = set()
+    if metric in SMALLER_IS_BETTER:
+        incomplete = _keep_common(of_first, of_second)
+    a, b = _means(of_first), _means(of_second)
     common = sorted(a.keys() & b.keys())
     if not common:
         raise EvaluationError(
@@ -91,16 +98,17 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], metric: str, *,
         )
     differences = np.array([a[case] - b[case] for case in common])
     low, high = _interval(differences, level)
-    everywhere = {_case_of(entry) for summary in (first, second) for entry in summary["metric_per_case"]}
+    better = -differences if metric in SMALLER_IS_BETTER else differences
     return Comparison(
         mean=float(differences.mean()),
         low=low,
         high=high,
         level=level,
         num_cases=len(common),
-        left_out=len(everywhere) - len(common),
-        wins=int((differences > 0).sum()),
-        losses=int((differences < 0).sum()),
+        left_out=len(of_first.keys() | of_second.keys()) - len(common),
+        partial=len(incomplete.intersection(common)),
+        wins=int((better > 0).sum()),
+        losses=int((better < 0).sum()),
     )
 
 
@@ -127,12 +135,35 @@ def _case_of(entry: Mapping[str, Any]) -> str:
     return PurePath(name).stem
 
 
-def _mean(metrics: Mapping[Any, Mapping[str, float]], metric: str) -> float:
-    """Over the foreground classes, without NaN."""
-    try:
-        values = [values[metric] for one, values in metrics.items() if str(one) != "0"]
-    except KeyError as error:
-        keys = next(iter(metrics.values()))
-        raise EvaluationError(f"metric {metric!r} is not in the summary; choose from {', '.join(keys)}") from error
-    present = [value for value in values if not math.isnan(value)]
-    return float(np.mean(present)) if present else math.nan
+def _values(summary: Mapping[str, Any], metric: str) -> _Values:
+    """Case -> its entries, one per validation -> class of the foreground -> value, without NaN."""
+    found: _Values = {}
+    for entry in summary["metric_per_case"]:
+        metrics = entry["metrics"]
+        try:
+            values = {str(one): of_class[metric] for one, of_class in metrics.items() if str(one) != "0"}
+        except KeyError as error:
+            keys = ", ".join(next(iter(metrics.values())))
+            raise EvaluationError(f"metric {metric!r} is not in the summary; choose from {keys}") from error
+        present = {one: value for one, value in values.items() if not math.isnan(value)}
+        found.setdefault(_case_of(entry), []).append(present)
+    return found
+
+
+def _keep_common(first: _Values, second: _Values) -> set[str]:
+    """Leave the cases of both with the classes alone that both have; the cases that lost one are named."""
+    incomplete = set()
+    for case in first.keys() & second.keys():
+        entries = [*first[case], *second[case]]
+        common = set.intersection(*map(set, entries))
+        if any(values.keys() != common for values in entries):
+            incomplete.add(case)
+        for found in (first, second):
+            found[case] = [{one: value for one, value in values.items() if one in common} for values in found[case]]
+    return incomplete
+
+
+def _means(found: _Values) -> dict[str, float]:
+    """Over the classes, then over the validations of a case; of the cases that have a value."""
+    of_cases = {case: [float(np.mean(list(one.values()))) for one in several if one] for case, several in found.items()}
+    return {case: float(np.mean(values)) for case, values in of_cases.items() if values}

@@ -17,12 +17,13 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from tqdm import tqdm
 
 from nnunet_norm import __version__
-from nnunet_norm.errors import EvaluationError
+from nnunet_norm.errors import EvaluationError, OutputError
 from nnunet_norm.evaluation.journal import CaseJournal, Metrics
 from nnunet_norm.evaluation.measuring import Measuring, measure, measure_in_worker, reader_of
 from nnunet_norm.evaluation.options import Classes, Options, file_ending_of
 from nnunet_norm.evaluation.pairs import Pair, pairs_of_folders
 from nnunet_norm.prediction.workers import Workers
+from nnunet_norm.reading import read_object
 from nnunet_norm.writing import written_beside
 
 SETTINGS = "nnunet_norm"
@@ -71,11 +72,15 @@ def evaluate_folder(
 
     Raises:
         EvaluationError: as :func:`evaluate_pairs`, and where cases are missing in either folder.
-        OutputError: the summary cannot be written.
+        OutputError: the summary cannot be written, or ``output_file`` is a file that is no summary.
     """
     target = None if output_file is None else Path(output_file)
     if target is not None and target.suffix != ".json":
         raise EvaluationError(f"output file {str(target)!r} must end in .json")
+    if target is not None and target.exists():
+        remedy = "it would be overwritten; choose another file with -o, or remove it"
+        if "metric_per_case" not in read_object(target, OutputError, remedy):
+            raise OutputError(f"output file {str(target)!r} is there and no summary: {remedy}")
     pairs = pairs_of_folders(reference, predictions, file_ending_of(dataset_json), cases=cases, chill=chill)
     beside = None if target is None else target.with_name(f".{target.name}.cases")
     summary = evaluate_pairs(

@@ -21,9 +21,7 @@ from nnunet_norm.evaluation.pairs import Pair
 from nnunet_norm.metrics import hausdorff_distance_95, normalized_surface_dice
 from nnunet_norm.orphans import end_with_parent
 from nnunet_norm.prediction.checks import read_labels
-
-NSD = "NSD"
-HD95 = "HD95"
+from nnunet_norm.scores import HD95, NSD
 
 _SAME_SPACING = 1e-3
 """Relative difference of spacings that headers of other formats, or in single precision, explain."""

@@ -11,12 +11,10 @@ from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_norm.errors import EvaluationError
+from nnunet_norm.scores import EVERY
 
 Class = int | tuple[int, ...]
 """A label, or a region: the labels that it joins."""
-
-EVERY = "*"
-"""The key of a tolerance for all classes that have none of their own."""
 
 DEFAULT_TOLERANCE = 1.0
 """mm, of the surface Dice."""

@@ -9,9 +9,9 @@ from typing import Any
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 
 from nnunet_norm.evaluation.evaluate import ABSENT, SETTINGS
-from nnunet_norm.evaluation.measuring import HD95, NSD
 from nnunet_norm.evaluation.options import Class
 from nnunet_norm.pages import markdown_table
+from nnunet_norm.scores import DICE, HD95, NSD
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
@@ -21,8 +21,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
         summary: as :func:`nnunet_norm.evaluation.evaluate_pairs` returns it.
     """
     settings, cases = summary[SETTINGS], summary["metric_per_case"]
-    metrics = ["Dice", NSD, *([HD95] if HD95 in summary["foreground_mean"] else [])]
-    header = ["class", "Dice", NSD, "at mm", *([f"{HD95} mm"] if HD95 in metrics else [])]
+    metrics = [DICE, NSD, *([HD95] if HD95 in summary["foreground_mean"] else [])]
+    header = ["class", DICE, NSD, "at mm", *([f"{HD95} mm"] if HD95 in metrics else [])]
     header += ["absent in", "missed in", "made up in"]
     rows = []
     for one, means in summary["mean"].items():
@@ -39,6 +39,18 @@ def as_text(summary: Mapping[str, Any]) -> str:
         f"{cases_said}; NSD: the share of both surfaces within the tolerance of the other\n{markdown_table(header, rows)}\n"
         f"absent: in neither segmentation; missed: in the reference alone; made up: in the prediction alone. {ABSENT}"
     )
+
+
+def tolerance_in_words(settings: Mapping[str, Any]) -> str:
+    """``1 mm``, or where classes have their own ``0.5 mm for front, 2 mm for rear``.
+
+    Args:
+        settings: what a summary has at :data:`SETTINGS`.
+    """
+    tolerances = settings["tolerance"]
+    if len(set(tolerances.values())) == 1:
+        return f"{next(iter(tolerances.values())):g} mm"
+    return ", ".join(f"{value:g} mm for {settings['classes'][key]}" for key, value in tolerances.items())
 
 
 def _absences(cases: list[Mapping[str, Any]], one: Class) -> tuple[int, int, int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,11 @@ from nnunet_norm.evaluation import (
     pairs_of_folders,
     summary_of,
 )
+from nnunet_norm.scores import DICE, HD95, NSD
 from nnunet_norm.sweep.factors import factors_of
 from nnunet_norm.sweep.finished import missing_of, read_summary
 from nnunet_norm.sweep.grid import Grid
-from nnunet_norm.sweep.outcomes import DICE, HD95, NSD, Collection, Outcome
+from nnunet_norm.sweep.outcomes import Collection, Outcome
 from nnunet_norm.sweep.points import Run
 from nnunet_norm.sweep.progress import read_epochs
 
@@ -38,9 +42,13 @@ REFERENCES = "gt_segmentations"
 CACHE = "evaluation.jsonl"
 """Cases that were measured, in the sweep's folder."""
 
+logger = logging.getLogger(__name__)
+
 
 def collect(grid: Grid, options: Options, *, num_processes: int = 1, progress: bool = True) -> Collection:
     """Read what there is of a sweep, and evaluate the validations that were not evaluated before.
+
+    A validation that cannot be evaluated, because a file is missing or damaged, is logged and left out; the outcome says why.
 
     Args:
         grid: the sweep.
@@ -49,7 +57,7 @@ def collect(grid: Grid, options: Options, *, num_processes: int = 1, progress: b
         progress: show it.
 
     Raises:
-        EvaluationError: the options do not fit the dataset, or validations cannot be evaluated.
+        EvaluationError: the options do not fit the dataset.
         SweepError: a file of the sweep cannot be read.
         OutputError: the evaluation cannot be kept.
         SetupError: a process of the evaluation was ended from outside.
@@ -59,7 +67,7 @@ def collect(grid: Grid, options: Options, *, num_processes: int = 1, progress: b
     classes.tolerances(options.tolerance)  # refuses, also before anything is done
     missing = {run.name: missing_of(grid.fold_folder(run)) for run in grid.runs}
     done = [run for run in grid.runs if missing[run.name] is None]
-    summaries = _evaluated(grid, done, dataset_json, options, num_processes, progress)
+    summaries, faults = _evaluated(grid, done, dataset_json, options, num_processes, progress)
     outcomes = tuple(
         Outcome(
             run,
@@ -67,6 +75,7 @@ def collect(grid: Grid, options: Options, *, num_processes: int = 1, progress: b
             summaries.get(run.name),
             _report_of(grid.fold_folder(run)) if run.name in summaries else None,
             tuple(read_epochs(grid.fold_folder(run))),
+            faults.get(run.name),
         )
         for run in grid.runs
     )
@@ -81,7 +90,7 @@ def collect(grid: Grid, options: Options, *, num_processes: int = 1, progress: b
 
 
 def compare_with_baseline(found: Collection, level: float = 0.95) -> dict[str, dict[str, Comparison | None]]:
-    """Every point and metric against the baseline, over the cases that both have, all folds together.
+    """Every point and metric against the baseline, over the cases that both have, all folds that count together.
 
     Args:
         found: the sweep.
@@ -90,12 +99,12 @@ def compare_with_baseline(found: Collection, level: float = 0.95) -> dict[str, d
     Returns:
         Name of a point -> metric -> the comparison, or None where they have no case in common. Without the baseline.
     """
-    base = {outcome.run.fold: outcome for outcome in found.of(found.grid.baseline)}
+    base = {outcome.run.fold: outcome for outcome in found.counted(found.grid.baseline)}
     compared: dict[str, dict[str, Comparison | None]] = {}
     for point in found.grid.points:
         if point.name == found.grid.baseline.name:
             continue
-        pairs = [(outcome, base[outcome.run.fold]) for outcome in found.of(point)]
+        pairs = [(outcome, base[outcome.run.fold]) for outcome in found.counted(point)]
         both = [(one, other) for one, other in pairs if one.summary is not None and other.summary is not None]
         summaries = [_pooled([pair[place] for pair in both]) for place in (0, 1)]
         compared[point.name] = {metric: _compared(summaries, metric, level) for metric in found.metrics}
@@ -128,28 +137,44 @@ def _evaluated(
     options: Options,
     num_processes: int,
     progress: bool,
-) -> dict[str, dict[str, Any]]:
-    """The summaries of trainings by their names: all cases are measured at one go, by processes that start once."""
-    pairs = {run.name: _pairs(grid, run, dataset_json["file_ending"]) for run in done}
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The summaries of trainings by their names, and of others why they have none."""
+    faults: dict[str, str] = {}
+    pairs: dict[str, list[Pair]] = {}
+    for run in done:
+        with _noted(run.name, faults):
+            pairs[run.name] = _pairs(grid, run, dataset_json["file_ending"])
     if not pairs:
-        return {}
+        return {}, faults
     try:
         grid.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{grid.folder} cannot be made ({error.strerror}): make it writable") from error
-    whole = evaluate_pairs(
-        [pair for of_run in pairs.values() for pair in of_run],
-        dataset_json=dataset_json,
-        options=options,
-        num_processes=num_processes,
-        cache_file=grid.folder / CACHE,
-        progress=progress,
-    )
+    evaluate = partial(evaluate_pairs, dataset_json=dataset_json, options=options, cache_file=grid.folder / CACHE)
+    every = [pair for of_run in pairs.values() for pair in of_run]
+    try:  # at one go, by processes that start once
+        whole = evaluate(every, num_processes=num_processes, progress=progress)
+    except EvaluationError:  # what can be measured is kept in the file now: look for the trainings that cannot
+        found = {}
+        for name, of_run in pairs.items():
+            with _noted(name, faults):
+                found[name] = evaluate(of_run, progress=False)
+        return found, faults
     metrics = (entry["metrics"] for entry in whole["metric_per_case"])
     return {
         name: summary_of(of_run, list(islice(metrics, len(of_run)))) | {SETTINGS: whole[SETTINGS]}
         for name, of_run in pairs.items()
-    }
+    }, faults
+
+
+@contextmanager
+def _noted(name: str, faults: dict[str, str]) -> Iterator[None]:
+    """Inside, a validation that cannot be evaluated is no reason to stop."""
+    try:
+        yield
+    except EvaluationError as error:
+        logger.warning("%s cannot be evaluated: %s", name, error)
+        faults[name] = str(error)
 
 
 def _pairs(grid: Grid, run: Run, ending: str) -> list[Pair]:

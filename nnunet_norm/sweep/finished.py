@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nnunet_norm.validations import FINAL, is_of_training
 from nnunet_norm.writing import is_whole_checkpoint
 
 
@@ -16,18 +17,17 @@ def missing_of(results: Path, *, npz: bool = False) -> str | None:
         results: nnU-Net's folder of the fold.
         npz: whether probabilities of the validation are wanted too.
     """
-    final, latest = (results / f"checkpoint_{name}.pth" for name in ("final", "latest"))
+    final, latest = results / FINAL, results / "checkpoint_latest.pth"
     if not (final.is_file() and is_whole_checkpoint(final)):
         return final.name
     if latest.is_file() and latest.stat().st_mtime_ns > final.stat().st_mtime_ns:
         return f"a {final.name} of the training that began since"
     summary = results / "validation" / "summary.json"
     content = read_summary(results)
-    if content is None or summary.stat().st_mtime_ns < final.stat().st_mtime_ns:
+    if content is None or not is_of_training(summary, results):
         return f"validation/{summary.name}"
     if npz:
-        begun = final.stat().st_mtime_ns
-        there = [path for path in summary.parent.glob("*.npz") if path.stat().st_mtime_ns >= begun]
+        there = [path for path in summary.parent.glob("*.npz") if is_of_training(path, results)]
         if len(there) < len(content["metric_per_case"]):
             return "validation/*.npz"
     return None

@@ -14,8 +14,6 @@ from nnunet_norm.sweep.grid import Grid
 from nnunet_norm.sweep.points import Point, Run
 from nnunet_norm.sweep.progress import Epoch
 
-DICE, NSD, HD95 = "Dice", "NSD", "HD95"
-
 
 @dataclass(frozen=True)
 class Spread:
@@ -74,6 +72,7 @@ class Outcome:
         summary: of the evaluation of its validation; None before it is done.
         report: ``norm_report.json`` of its validation; None where the trainer writes none.
         epochs: that have ended.
+        fault: why its validation, though done, cannot be evaluated; None if it can.
     """
 
     run: Run
@@ -81,6 +80,7 @@ class Outcome:
     summary: Mapping[str, Any] | None
     report: Mapping[str, Any] | None
     epochs: tuple[Epoch, ...]
+    fault: str | None = None
 
     def score(self, metric: str, label: Class | None = None) -> float:
         """Mean over the cases, of one class or region or over all in the foreground; NaN where there is none."""
@@ -140,9 +140,17 @@ class Collection:
         """Of a point's folds, in order."""
         return [outcome for outcome in self.outcomes if outcome.run.point.name == point.name]
 
+    def counted(self, point: Point) -> list[Outcome]:
+        """Of a point's folds those that means are of: all but ``all``, which is trained on the cases of its validation.
+
+        Where the sweep has no other fold, that one.
+        """
+        outcomes = self.of(point)
+        return [outcome for outcome in outcomes if outcome.run.fold != "all"] or outcomes
+
     def spread(self, point: Point, metric: str, label: Class | None = None) -> Spread:
-        """Over the folds that are done."""
-        return Spread.of(outcome.score(metric, label) for outcome in self.of(point))
+        """Over the folds that count and are done."""
+        return Spread.of(outcome.score(metric, label) for outcome in self.counted(point))
 
     @property
     def done(self) -> list[Outcome]:

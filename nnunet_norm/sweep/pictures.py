@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nnunet_norm.pages import as_png
+from nnunet_norm.scores import SMALLER_IS_BETTER
 from nnunet_norm.sweep.factors import BATCH, PATCH, spoken
 from nnunet_norm.sweep.figures import Curves, Scores, draw_curves, draw_differences, draw_scores, window
 from nnunet_norm.sweep.outcomes import Collection
 from nnunet_norm.sweep.points import Point
-from nnunet_norm.sweep.tables import UNITS, Comparisons
+from nnunet_norm.sweep.tables import UNITS, Comparisons, about_fold_all, smaller_is_better
 
 PANELS = 3
 """Of scores in a row; more are drawn as a figure of their own."""
@@ -42,7 +43,9 @@ def difference_pictures(found: Collection, comparisons: Comparisons) -> Iterator
     if not models:
         return
     differences = {
-        _with_unit(metric): {point.label: comparisons[point.name].get(metric) for point in models}
+        _with_unit(metric) + "\n(smaller is better)" * (metric in SMALLER_IS_BETTER): {
+            point.label: comparisons[point.name].get(metric) for point in models
+        }
         for metric in found.metrics
         if any(comparisons[point.name].get(metric) for point in models)
     }
@@ -50,6 +53,7 @@ def difference_pictures(found: Collection, comparisons: Comparisons) -> Iterator
         f"Difference of every model to the baseline ({grid.baseline.label}) in the mean score of a case, over the validation "
         "cases that both have, all folds together. Lines: 95 % bootstrap intervals over cases; they do not know how much "
         "another training of the same model would differ, nor how many models are compared."
+        f"{smaller_is_better(found.metrics)}{about_fold_all(found)}"
     )
     figure = draw_differences(differences)
     yield Picture("Differences to the baseline", as_png(figure), caption)
@@ -97,7 +101,7 @@ def _scores(found: Collection, factor: str) -> Iterator[Picture]:
             + (f", a line for every {spoken(line)}" if line else "")
             + (f", a panel for every {' and '.join(map(spoken, names))}" if names else "")
             + ". Small points: single folds. Large ones: their mean, with the standard deviation over folds (n - 1). "
-            "Lines only lead the eye."
+            f"Lines only lead the eye.{smaller_is_better(found.metrics)}{about_fold_all(found)}"
         )
         part = f" ({first // at_once + 1})" if len(chosen) > PANELS else ""
         yield Picture(f"Scores against {spoken(factor)}{part}", as_png(figure), caption)
@@ -110,7 +114,7 @@ def _lines(
     for point in points:
         levels = found.factors.of(point)
         name = levels[line] if line else "all"
-        lines.setdefault(name, {})[levels[factor]] = [outcome.score(metric) for outcome in found.of(point)]
+        lines.setdefault(name, {})[levels[factor]] = [outcome.score(metric) for outcome in found.counted(point)]
     return lines
 
 

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_norm.errors import OutputError
+from nnunet_norm.evaluation import tolerance_in_words
 from nnunet_norm.pages import html_figure, html_page, html_table, markdown_table
-from nnunet_norm.sweep.outcomes import DICE, Collection, Outcome
+from nnunet_norm.scores import DICE
+from nnunet_norm.sweep.outcomes import Collection, Outcome
 from nnunet_norm.sweep.pictures import Picture, curve_pictures, difference_pictures, score_pictures
 from nnunet_norm.sweep.points import Point
 from nnunet_norm.sweep.tables import (
     NONE,
     Comparisons,
     Table,
+    about_fold_all,
     detail_tables,
     difference,
     factor_tables,
@@ -84,6 +87,10 @@ def sentences(found: Collection, comparisons: Comparisons) -> list[str]:
     far += f" in {len(grid.folds)} {'fold' if len(grid.folds) == 1 else 'folds'}."
     if done < len(found.outcomes):
         far += " All numbers are of what is done; of models with other folds done compare the differences only."
+    far += about_fold_all(found)
+    faults = sum(outcome.fault is not None for outcome in found.outcomes)
+    if faults:
+        far += f" {faults} more cannot be evaluated: the table of models says why."
     return [far, *_best(found, comparisons), _measured_how(found)]
 
 
@@ -106,32 +113,32 @@ def _best(found: Collection, comparisons: Comparisons) -> Iterator[str]:
 def _measured_how(found: Collection) -> str:
     if not found.settings:
         return "No validation is there yet."
-    tolerances = found.settings["tolerance"]
-    at = (
-        f"a tolerance of {next(iter(tolerances.values())):g} mm"
-        if len(set(tolerances.values())) == 1
-        else "tolerances of "
-        + ", ".join(f"{value:g} mm for {found.settings['classes'][key]}" for key, value in tolerances.items())
-    )
+    at = tolerance_in_words(found.settings)
     versions = ", ".join(f"{name} {version}" for name, version in found.settings["versions"].items())
     return (
-        f"NSD (surface Dice) at {at}, in the images' own spacing. {found.settings['absent']} Measured with {versions}."
+        f"NSD (surface Dice) at a tolerance of {at}, in the images' own spacing. {found.settings['absent']} "
+        f"Measured with {versions}."
     )
 
 
 def models_table(found: Collection) -> Table:
     """Where every model lies, and what its trainings still lack."""
     rows = [(named(found, point), point.name, _state(found.of(point))) for point in found.grid.points]
-    caption = "Folders of the models among nnU-Net's results, and what their trainings lack to be done."
+    caption = (
+        "Folders of the models among nnU-Net's results, and what their trainings lack to be done, or to be evaluated."
+    )
     return Table("Models", caption, ("model", "folder", "not done"), tuple(rows), words=True)
 
 
 def _state(outcomes: Sequence[Outcome]) -> str:
-    open_ones = [
-        f"fold {outcome.run.fold}: no {outcome.missing}, {len(outcome.epochs)} of {outcome.run.point.epochs} epochs"
-        for outcome in outcomes
-        if outcome.missing is not None
-    ]
+    open_ones = []
+    for outcome in outcomes:
+        fold = f"fold {outcome.run.fold}:"
+        if outcome.missing is not None:
+            epochs = f"{len(outcome.epochs)} of {outcome.run.point.epochs} epochs"
+            open_ones.append(f"{fold} no {outcome.missing}, {epochs}")
+        elif outcome.fault is not None:
+            open_ones.append(f"{fold} {outcome.fault}")
     return "; ".join(open_ones) or NONE
 
 
@@ -187,8 +194,9 @@ def point_rows(found: Collection, comparisons: Comparisons) -> Iterator[dict[str
     """One row per model; what was measured is the mean over folds, and of ``max_dist`` the largest."""
     for point in found.grid.points:
         outcomes = found.of(point)
+        counted = found.counted(point)
         row = {"model": point.name, **_levels(found, point), "baseline": point.name == found.grid.baseline.name}
-        row |= {"folds_done": sum(outcome.summary is not None for outcome in outcomes), "folds": len(outcomes)}
+        row |= {"folds_done": sum(outcome.summary is not None for outcome in counted), "folds": len(counted)}
         for metric in found.metrics:
             score, comparison = found.spread(point, metric), comparisons.get(point.name, {}).get(metric)
             row |= {f"{metric}_mean": _cell(score.mean), f"{metric}_sd": _cell(score.deviation)}
@@ -197,6 +205,7 @@ def point_rows(found: Collection, comparisons: Comparisons) -> Iterator[dict[str
                 f"{metric}_difference_low": "" if comparison is None else _cell(comparison.low),
                 f"{metric}_difference_high": "" if comparison is None else _cell(comparison.high),
                 f"{metric}_difference_cases": 0 if comparison is None else comparison.num_cases,
+                f"{metric}_difference_partial": 0 if comparison is None else comparison.partial,
             }
         for key in measured(outcomes[0]):
             values = [value for value in (measured(outcome)[key] for outcome in outcomes) if not math.isnan(value)]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_norm.evaluation import Comparison
+from nnunet_norm.scores import DICE, HD95, SMALLER_IS_BETTER
 from nnunet_norm.sweep.factors import spoken
-from nnunet_norm.sweep.outcomes import DICE, HD95, Collection, Outcome, Spread, Tiles
+from nnunet_norm.sweep.outcomes import Collection, Outcome, Spread, Tiles
 from nnunet_norm.sweep.points import Point
 
 NONE = "-"
@@ -67,7 +68,7 @@ def points_table(found: Collection, comparisons: Comparisons) -> Table:
         for point in found.grid.points
     ]
     caption = (
-        f"All models of the sweep. {_about_scores(found)} {_about_comparison(found)}"
+        f"All models of the sweep. {_about_scores(found)} {_about_comparison(found, comparisons)}"
         + (" Disparity and tile mismatch: see the table of what the trainers measured." if columns else "")
         + f" {NONE}: not there (yet)."
     )
@@ -121,7 +122,7 @@ def factor_table(found: Collection, comparisons: Comparisons, factor: str) -> Ta
     caption = (
         f"Models that differ from the baseline in {spoken(factor)} alone"
         + (f" (all with {fixed}). " if fixed else ". ")
-        + f"{_about_scores(found)} {_about_comparison(found)}"
+        + f"{_about_scores(found)} {_about_comparison(found, comparisons)}"
     )
     header = (spoken(factor), "folds", *_headers(found))
     return Table(f"By {spoken(factor)}", caption, header, tuple(rows))
@@ -133,7 +134,7 @@ def folds_table(found: Collection, metric: str) -> Table:
     caption = (
         f"{metric}{UNITS.get(metric, '')} of every training: mean over the classes of the mean over its validation cases. "
         f"Last: {SPREAD[0].lower()}{SPREAD[1:]}. {NONE}: not validated yet, or no "
-        "value for a class in any case."
+        f"value for a class in any case.{smaller_is_better([metric])}{about_fold_all(found)}"
     )
     header = ("model", *(f"fold {fold}" for fold in found.grid.folds), "mean ± SD")
     return Table(f"{metric} by fold", caption, header, rows)
@@ -154,6 +155,7 @@ def classes_table(found: Collection, metric: str) -> Table:
     caption = (
         f"{metric}{UNITS.get(metric, '')} of every class or region. {SPREAD} of the mean over the validation cases; cases in "
         "which a class is neither in the reference nor in the prediction do not count for it."
+        f"{smaller_is_better([metric])}{about_fold_all(found)}"
     )
     return Table(f"{metric} by class", caption, ("model", *found.labels.values(), "all"), rows)
 
@@ -186,8 +188,23 @@ def difference(metric: str, found: Comparison | None) -> str:
     return f"{found.mean:+.{digits}f}{interval}"
 
 
+def smaller_is_better(metrics: Iterable[str]) -> str:
+    """A sentence, after a blank, that says so of distances; nothing of other scores."""
+    return "".join(f" {metric}: smaller is better." for metric in metrics if metric in SMALLER_IS_BETTER)
+
+
+def about_fold_all(found: Collection) -> str:
+    """A sentence, after a blank, on what its scores are worth; nothing where the sweep has no such fold."""
+    folds = found.grid.folds
+    if "all" not in folds:
+        return ""
+    if len(folds) == 1:
+        return " Fold all is validated on cases it was trained on: its scores say nothing about new images."
+    return " Fold all, validated on cases it was trained on, is in no mean and no difference."
+
+
 def _folds(found: Collection, point: Point) -> str:
-    outcomes = found.of(point)
+    outcomes = found.counted(point)
     return f"{sum(outcome.summary is not None for outcome in outcomes)} of {len(outcomes)}"
 
 
@@ -240,11 +257,16 @@ def _mean(values: Any, digits: int = 4) -> str:
 
 def _about_scores(found: Collection) -> str:
     *others, last = found.metrics
-    return f"{', '.join(others)} and {last} of the validation: mean over classes and cases. {SPREAD}."
+    return f"{', '.join(others)} and {last} of the validation: mean over classes and cases. {SPREAD}.{about_fold_all(found)}"
 
 
-def _about_comparison(found: Collection) -> str:
-    return (
+def _about_comparison(found: Collection, comparisons: Comparisons) -> str:
+    text = (
         f"Difference to the baseline ({found.grid.baseline.label}): mean over the cases that both have, all folds together, "
         "with the 95 % bootstrap interval over these cases; cases: their number."
     )
+    if HD95 not in found.metrics:
+        return text
+    partial = max((one.partial for of_point in comparisons.values() for one in of_point.values() if one), default=0)
+    others = f"; in up to {partial} {'case' if partial == 1 else 'cases'} others were left out" if partial else ""
+    return f"{text}{smaller_is_better(found.metrics)} It is compared over the classes that both models found{others}."

@@ -23,13 +23,15 @@ FLAGS |= {
     "--trust-checkpoint",
     "--find",
     "--sweep",
+    "-c",
     "--metric",
     "--tolerance",
     "--hd95",
     "--candidates",
 }
 FLAGS |= {"--disable_progress_bar"}
-HERE = ["-npp", "0", "-nps", "0", "-device", "cpu", "--disable_progress_bar", "-np", "1"]
+QUIET = ["--disable_progress_bar", "-np", "1"]
+HERE = ["-npp", "0", "-nps", "0", "-device", "cpu", *QUIET]
 NAME = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 
 
@@ -67,7 +69,7 @@ def test_flags_are_nnunets():
 def test_folders_are_averaged(tmp_path, capsys):
     """As nnUNetv2_ensemble is called; a second call has nothing to do."""
     folders = [write_folder(tmp_path / str(i), i) for i in range(2)]
-    line = ["ensemble", "-i", *map(str, folders), "-o", str(tmp_path / "out"), "--save_npz", *HERE]
+    line = ["ensemble", "-i", *map(str, folders), "-o", str(tmp_path / "out"), "--save_npz", *QUIET]
     assert main(line) == 0
     total = sum(np.load(folder / "x.npz")["probabilities"] for folder in folders)
     np.testing.assert_array_equal(segmentation(tmp_path / "out" / "x.nii.gz"), total.argmax(0))
@@ -126,6 +128,24 @@ def test_a_search_gets_its_flags(monkeypatch, tmp_path):
     assert (dict(given["options"].tolerance), given["options"].hd95) == ({"*": 2.0, "liver": 3.0}, True)
 
 
+def test_names_of_models_do_not_depend_on_the_working_folder(monkeypatch, tmp_path):
+    """Relative folders become absolute, for the commands that are printed; a name with -d is that of the dataset's model."""
+    given = {}
+
+    def run(self, models):
+        given["folders"] = [str(model.folder) for model in models]
+        raise EnsembleError("far enough")
+
+    monkeypatch.setattr(Search, "run", run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    (tmp_path / NAME).mkdir()
+    assert main(["ensemble", "--find", "-m", NAME, f"other/../{NAME}", "-f", "0"]) == 2
+    assert given["folders"] == [str(tmp_path / NAME)] * 2
+    assert main(["ensemble", "--find", "-d", "Dataset901_Tiny", "-m", NAME, f"./{NAME}", "-f", "0"]) == 2
+    assert given["folders"] == [str(tmp_path / "results" / "Dataset901_Tiny" / NAME), str(tmp_path / NAME)]
+
+
 def test_a_sweep_names_models_and_folds(monkeypatch, tmp_path):
     """All points of the grid; its folds, unless others are given, and its dataset."""
     given = {}
@@ -142,8 +162,8 @@ def test_a_sweep_names_models_and_folds(monkeypatch, tmp_path):
     monkeypatch.setattr("nnunet_norm.sweep.grid.load_grid", load_grid)
     monkeypatch.setattr(Search, "run", run)
     for flags, folds in (([], (0, 1)), (["-f", "1"], (1,))):
-        assert main(["ensemble", "--find", "--sweep", "amos", "-d", "218", *flags]) == 2
-        assert (given["source"], given["dataset"]) == ("amos", "218")
+        assert main(["ensemble", "--find", "--sweep", "amos", "-d", "218", "-c", "2d", *flags]) == 2
+        assert (given["source"], given["dataset"], given["configuration"]) == ("amos", "218", "2d")
         assert given["models"] == [Model(tmp_path / "p", folds), Model(tmp_path / "q", folds)]
 
 
@@ -155,7 +175,22 @@ def test_a_sweep_names_models_and_folds(monkeypatch, tmp_path):
         (["--find", "-i", "a", "-m", "b"], "-i is of no use with --find"),
         (["--find"], "--find needs models: give either -d and -m, or --sweep"),
         (["--find", "-m", "a", "--sweep", "b"], "--find needs models: give either"),
-        (["-i", "a", "-o", "b", "--sweep", "c"], "--sweep c is for --find"),
+        (["-i", "a", "-o", "b", "--sweep", "c"], "--sweep is of no use without --find"),
+        (["-i", "a", "-o", "b", "--hd95"], "--hd95 is of no use without --find"),
+        (["-m", "m", "-i", "a", "-o", "b", "-c", "2d"], "-c is of no use without --find"),
+        (["--find", "-m", "a", "-c", "2d"], "-c is of no use with -m, as a model's name says its configuration"),
+        (["--find", "-m", "a", "--save_npz"], "--save_npz is of no use with --find, which predicts nothing"),
+        (["--find", "-m", "a", "--postprocessing", "after"], "--postprocessing is of no use with --find"),
+        (["--find", "-m", "a", "-pp_pkl_file", "b"], "-pp_pkl_file is of no use with --find"),
+        (["--find", "-m", "a", "-device", "cpu"], "-device is of no use with --find"),
+        (["-i", "a", "b", "-o", "c", "-d", "4"], "-d is of no use without -m, as nothing is predicted: leave it out"),
+        (["-i", "a", "b", "-o", "c", "-f", "0"], "-f is of no use without -m"),
+        (["-i", "a", "b", "-o", "c", "-device", "cpu"], "-device is of no use without -m"),
+        (["-i", "a", "b", "-o", "c", "--population", "tile"], "--population is of no use without -m"),
+        (["-i", "a", "b", "-o", "c", "--keep_members"], "--keep_members is of no use without -m"),
+        (["-i", "a", "b", "-o", "c", "--max-memory", "1G"], "--max-memory is of no use without -m"),
+        (["-m", "m:0,0", "-i", "a", "-o", "b"], "-m m:0,0 has a fold twice (0, 0): give every fold once"),
+        (["-m", "m", "-f", "1", "2", "1", "-i", "a", "-o", "b"], "-m m has a fold twice (1, 2, 1)"),
         (["-m", "m", "-i", "a", "b", "-o", "c"], "-i a b: with -m, give one folder of images"),
         (["-i", "a", "b", "-o", "c", "-np", "-1"], "-np -1"),
         (["--find", "-m", "a", "--candidates", "0"], "--candidates 0 must be at least 1"),
@@ -165,7 +200,7 @@ def test_a_sweep_names_models_and_folds(monkeypatch, tmp_path):
             "-pp_pkl_file has 1 file, and --postprocessing none takes none",
         ),
         (["-i", "a", "b", "-o", "c", "--postprocessing", "each", "-pp_pkl_file", "d"], "each takes 2"),
-        (["-i", "a", "b", "-o", "c", "--max-memory", "lots"], "--max-memory 'lots' is no size"),
+        (["-m", "m", "-i", "a", "-o", "c", "--max-memory", "lots"], "--max-memory 'lots' is no size"),
         (["-i", "a", "-o", "c"], "-i a is no folder"),
         (["-d", "901", "-m", "wrong", "-i", "a", "-o", "c"], "-m 'wrong' is neither a folder nor <trainer>__<plans>__"),
     ],

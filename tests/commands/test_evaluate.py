@@ -92,6 +92,19 @@ def test_refusals_are_one_line(place, capsys):
     assert "nowhere' does not exist" in capsys.readouterr().err
 
 
+def test_only_a_summary_is_overwritten(place, capsys):
+    """A file of another kind stays as it is, also where it is in the way by a slip of the hand; a summary is replaced."""
+    described = (place / "pred" / "dataset.json").read_bytes()
+    assert "dataset.json' is there and no summary" in refusal(capsys, place, "-o", str(place / "pred" / "dataset.json"))
+    assert (place / "pred" / "dataset.json").read_bytes() == described
+    (place / "notes.json").write_text("by hand")
+    assert "would be overwritten; choose another file with -o" in refusal(
+        capsys, place, "-o", str(place / "notes.json")
+    )
+    assert evaluate(place) == evaluate(place, "--tolerance", "2") == 0
+    assert json.loads((place / "pred" / "summary.json").read_text())["nnunet_norm"]["tolerance"]["1"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -79,7 +79,9 @@ def write_crossvalidation(root, name, folds, quality, *, seed=0):
     """A model folder whose folds have predicted the cases that ``folds`` lists; the higher ``quality``, the better."""
     described = dataset()
     folder = root / "results" / DATASET / name
-    write_descriptions(folder, described, tiny_plans() | {"plans_name": name.split("__")[1]})
+    _, plans_name, configuration = name.split("__")
+    configurations = {configuration: tiny_plans()["configurations"]["3d_fullres"]}
+    write_descriptions(folder, described, tiny_plans() | {"plans_name": plans_name, "configurations": configurations})
     for fold, cases in folds.items():
         validation = folder / f"fold_{fold}" / "validation"
         for case in cases:

@@ -12,7 +12,7 @@ from tiny_models import visible
 
 from nnunet_norm.ensembling import Merging, member_of_folder, merge_folders, merging, probabilities
 from nnunet_norm.ensembling.postprocessing import Postprocessing
-from nnunet_norm.errors import EnsembleError
+from nnunet_norm.errors import EnsembleError, OutputError
 
 ONE_REGION = {"background": 0, "whole": [1, 2]}
 QUIET = {"progress": False}
@@ -79,6 +79,36 @@ def test_finished_cases_are_kept_and_changed_ones_made_again(tmp_path):
     assert merge(folders[:1], out) == ["x", "y"]
     (out / "made_from.json").write_text("{")
     assert merge(folders[:1], out) == ["x", "y"]
+
+
+def test_all_that_a_case_is_made_of_counts(tmp_path):
+    """Its geometry, the segmentation that a model's own postprocessing reads, and the descriptions."""
+    folders = [write_folder(tmp_path / str(i), i) for i in range(2)]
+    out, post = tmp_path / "out", Postprocessing(tmp_path, ({"labels_or_regions": 1},))
+    assert merge(folders, out, [post, None]) == ["x", "y"]
+    assert merge(folders, out, [post, None]) == []
+    os.utime(folders[1] / "x.pkl", (1, 1))
+    assert merge(folders, out, [post, None]) == ["x"]
+    os.utime(folders[0] / "y.nii.gz", (1, 1))
+    assert merge(folders, out, [post, None]) == ["y"]
+    os.utime(folders[1] / "y.nii.gz", (1, 1))  # nobody reads it
+    assert merge(folders, out, [post, None]) == []
+    for name in ("dataset.json", "plans.json"):
+        path = folders[1] / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"description": "another"}))
+        assert merge(folders, out, [post, None]) == ["x", "y"]
+    (folders[1] / "x.pkl").unlink()
+    with pytest.raises(EnsembleError, match=r"x\.pkl cannot be read"):
+        merge(folders, out, [post, None])
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    """While the first one is at work; afterwards nothing of the lock is left. The folder's name may be as long as any."""
+    folders, out = [write_folder(tmp_path / str(i), i) for i in range(2)], tmp_path / ("o" * 255)
+    with merging.alone_in(out), pytest.raises(OutputError, match=r"another process is writing .*ooo"):
+        merge(folders, out)
+    assert merge(folders, out) == ["x", "y"]
+    assert not list(out.glob(".*"))
 
 
 def test_a_bad_case_does_not_stop_the_others(tmp_path):

@@ -9,9 +9,10 @@ from tiny_models import segmentation, visible, write_image, write_model
 from trained_models import flat, write_trained
 
 from nnunet_norm.ensembling import Merging, Model, Prediction, predict_ensemble
+from nnunet_norm.ensembling.merging import alone_in
 from nnunet_norm.ensembling.models import pair_folder, postprocessing_of_ensemble
 from nnunet_norm.ensembling.postprocessing import Postprocessing
-from nnunet_norm.errors import EnsembleError, InputImageError, ModelFolderError
+from nnunet_norm.errors import EnsembleError, InputImageError, ModelFolderError, OutputError
 from nnunet_norm.prediction import HaloPredictor
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -82,6 +83,34 @@ def test_members_are_kept_on_request(place):
     )
 
 
+def test_models_of_the_same_name_are_both_kept(place):
+    """Trained in different places, so that only their folders differ."""
+    other = write_model(place / "elsewhere" / STOCK, folds=(1,))  # the seed of its weights
+    (other / "fold_1").rename(other / "fold_0")
+    models = [Model(place / STOCK, (0,)), Model(place / "elsewhere" / STOCK, (0,))]
+    ensemble(place, models, keep=True)
+    kept = [place / "out" / "members" / f"{STOCK}__fold_0{number}" for number in ("", "__2")]
+    for model, folder, name in zip(models, kept, ("alone_0", "alone_1"), strict=True):
+        expected = alone(place, model, place / name)["a"]
+        np.testing.assert_array_equal(np.load(folder / "a.npz")["probabilities"], expected)
+
+
+def test_nothing_is_written_among_the_images(place):
+    """Where the next run would take the segmentations for images."""
+    (place / "out").symlink_to("images")
+    before = visible(place / "images")
+    with pytest.raises(EnsembleError, match="out is one of the folders that are predicted: choose another"):
+        ensemble(place, both(place))
+    assert visible(place / "images") == before
+
+
+def test_a_second_run_into_the_same_folder_is_refused(place):
+    """It would remove what the first one is predicting."""
+    with alone_in(place / "out"), pytest.raises(OutputError, match=r"another process is writing .*out"):
+        ensemble(place, both(place))
+    assert visible(place / "out") == []
+
+
 def test_what_was_predicted_is_not_predicted_again(place, monkeypatch):
     """A run that ended in the middle goes on with what is missing; a finished one does nothing; a changed image is redone."""
     predicted = []
@@ -148,6 +177,18 @@ def _cascade(place):
     return both(place)
 
 
+def _inherited_cascade(place):
+    path = place / STOCK / "plans.json"
+    plans = json.loads(path.read_text())
+    own = plans["configurations"]["3d_fullres"]
+    plans["configurations"] = {
+        "base": own | {"previous_stage": "3d_lowres"},
+        "3d_fullres": {"inherits_from": "base"},
+    }
+    path.write_text(json.dumps(plans))
+    return both(place)
+
+
 def _other_dataset(place):
     path = place / STOCK / "plans.json"
     path.write_text(path.read_text().replace("Dataset901_Tiny", "Dataset902_Other"))
@@ -171,6 +212,7 @@ def _other_channels(place):
     [
         (_missing_fold, ModelFolderError, rf"{BRN}' has no {CHECKPOINT} for fold 3; folds that have it .*: 0, 1"),
         (_cascade, EnsembleError, rf"model {STOCK} continues the cascade's 3d_lowres"),
+        (_inherited_cascade, EnsembleError, rf"model {STOCK} continues the cascade's 3d_lowres"),
         (
             _other_dataset,
             EnsembleError,

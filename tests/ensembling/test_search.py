@@ -13,6 +13,7 @@ from nnunetv2.postprocessing.remove_connected_components import remove_all_but_l
 from predicted import DATASET, read, write_crossvalidation, write_folder, write_references
 
 from nnunet_norm.ensembling import Model, Search, crossvalidation, instructions_of, search, table_of, write_findings
+from nnunet_norm.ensembling.instructions import commands_of
 from nnunet_norm.ensembling.models import postprocessing_of_ensemble
 from nnunet_norm.errors import EnsembleError, SetupError
 from nnunet_norm.evaluation import Options
@@ -129,6 +130,79 @@ def test_a_fold_that_predicted_anew_is_taken_in(models, tmp_path):
     assert after.candidates[1].summary == before.candidates[1].summary
 
 
+def _determined(folder):
+    """What nnU-Net's commands leave of a postprocessing."""
+    (folder / "postprocessed").mkdir()
+    files = [folder / "postprocessing.pkl", folder / "postprocessing.json", folder / "postprocessed" / "a.nii.gz"]
+    for path in files:
+        path.write_bytes(pickle.dumps(([], [])))
+    return files
+
+
+def test_a_models_own_postprocessing_stays_while_its_predictions_do(models, tmp_path, monkeypatch):
+    """Also where nnU-Net or a copy has joined the folds; once a fold predicts otherwise it is that of another model."""
+    monkeypatch.setattr(accumulate_cv_results, "compute_metrics_on_folder", lambda *args: None)  # slow
+    files = []
+    for number, model in enumerate(models[:2]):
+        joined = model.folder / "crossval_results_folds_0_1"
+        if number == 0:  # by nnU-Net
+            accumulate_cv_results.accumulate_cv_results(str(model.folder), str(joined), [0, 1], 1)
+        else:  # by an earlier search, then moved
+            find([model])
+            shutil.rmtree(joined / "postprocessed")
+            (joined / "made_from.json").unlink()
+        files += _determined(joined)
+    stamps = {path: path.stat().st_mtime_ns for path in files}
+    find(models, metric="NSD")
+    assert {path: path.stat().st_mtime_ns for path in files} == stamps
+    assert models[0].postprocessing().path == files[0]
+    write_crossvalidation(tmp_path, NAMES[0], {1: ("c",)}, 3.0, seed=9)
+    with pytest.raises(EnsembleError, match=r"postprocessing\.pkl was determined before .*c\.nii\.gz was written anew"):
+        models[0].postprocessing()
+    find(models)
+    assert [path.exists() for path in files] == [False] * 3 + [True] * 3
+    assert not list(models[0].folder.glob(".*"))
+
+
+def test_a_pair_that_was_once_the_best_loses_its_postprocessing(models, tmp_path):
+    """After a member was trained anew, before and after the next search, of which another may be the best."""
+    pair = find(models).best
+    assert postprocessing_of_ensemble(pair.models).path.parent == pair.folder
+    write_crossvalidation(tmp_path, NAMES[2], FOLDS, 20.0, seed=9)
+    with pytest.raises(EnsembleError, match=r"was determined before .*fold_0/validation/a\.npz was written anew"):
+        postprocessing_of_ensemble(pair.models)
+    assert find(models).best.models == (models[2],)
+    with pytest.raises(EnsembleError, match="was written anew: search again with nnunet-norm ensemble --find, or name"):
+        postprocessing_of_ensemble(pair.models)
+
+
+def test_probabilities_of_an_earlier_training_are_refused(models):
+    """They lie beside the labels of the new one if it was validated without --npz."""
+    validation = models[1].folder / "fold_1" / "validation"
+    checkpoint = validation.parent / "checkpoint_final.pth"
+    checkpoint.touch()
+    for path in validation.iterdir():
+        os.utime(path, ns=(checkpoint.stat().st_mtime_ns,) * 2)
+    find(models[:2])
+    os.utime(validation / "c.npz", ns=(checkpoint.stat().st_mtime_ns - 1,) * 2)
+    with pytest.raises(
+        EnsembleError,
+        match=r"only probabilities of an earlier training of 1 validation cases \(c\), whose \.npz are older",
+    ):
+        find(models[:2])
+    assert len(find(models[:2], num_candidates=1).candidates) == 2
+
+
+def test_pairs_whose_folder_cannot_have_its_name_are_refused_first(models, tmp_path):
+    """Both are named, before anything is computed; without pairs they can be compared."""
+    long = [f"nnUNetTrainer{kind}__{'p' * 100}__3d_fullres" for kind in ("BRN", "GN")]
+    longer = [Model(write_crossvalidation(tmp_path, name, FOLDS, 1.0), (0, 1)) for name in long]
+    with pytest.raises(EnsembleError, match=rf"pair {long[0]} and {long[1]} would have a name of 2\d\d bytes.*255"):
+        find([models[0], *longer])
+    assert not list(tmp_path.glob("results/*/*/crossval*"))
+    assert len(find(longer, num_candidates=1).candidates) == 2
+
+
 def test_pairs_of_the_best_models_only(models):
     """--candidates leaves out pairs with others, and with 1 all of them; then probabilities are not needed."""
     assert [one.name for one in find(models, num_candidates=2).candidates[3:]] == [f"{NAMES[1]} + {NAMES[2]}"]
@@ -160,18 +234,25 @@ def test_the_table_and_the_commands_name_the_best(models, tmp_path):
     assert wanted in instructions_of(single)
 
 
-def test_a_cascade_is_predicted_by_itself(models):
+@pytest.mark.parametrize("inherited", [False, True])
+def test_a_cascade_is_predicted_by_itself(models, inherited):
     """Its second stage needs the predictions of the first, so that a pair with it is averaged from folders."""
     path = models[1].folder / "plans.json"
     plans = json.loads(path.read_text())
-    plans["configurations"]["2d"] = {"previous_stage": "3d_lowres"}
+    second = {"previous_stage": "3d_lowres"}
+    plans["configurations"] |= {"base": second, "2d": {"inherits_from": "base"}} if inherited else {"2d": second}
     path.write_text(json.dumps(plans))
-    first, second, average = instructions_of(find(models)).splitlines()[1:4]
-    assert first.endswith("-c 2d -p q -prev_stage_predictions OUTPUT_FOLDER_PREV_STAGE --save_probabilities")
-    assert second.endswith(
-        "-o OUTPUT_FOLDER_MODEL_2 -f 0 1 -tr nnUNetTrainerGN -c 3d_fullres -p p --save_probabilities"
+    found = find(models)
+    before, first, other, average = instructions_of(found).splitlines()[1:5]
+    assert before.endswith("-o OUTPUT_FOLDER_MODEL_1_PREV_STAGE -f 0 1 -tr nnUNetTrainer -c 3d_lowres -p q")
+    assert first.endswith(
+        "-o OUTPUT_FOLDER_MODEL_1 -f 0 1 -tr nnUNetTrainer -c 2d -p q "
+        "-prev_stage_predictions OUTPUT_FOLDER_MODEL_1_PREV_STAGE --save_probabilities"
     )
+    assert other.endswith("-o OUTPUT_FOLDER_MODEL_2 -f 0 1 -tr nnUNetTrainerGN -c 3d_fullres -p p --save_probabilities")
     assert average == "nnunet-norm ensemble -i OUTPUT_FOLDER_MODEL_1 OUTPUT_FOLDER_MODEL_2 -o OUTPUT_FOLDER"
+    alone = commands_of(found.candidates[1])
+    assert [line.split(" -p q")[1] for line in alone] == ["", " -prev_stage_predictions OUTPUT_FOLDER_PREV_STAGE"]
 
 
 def test_postprocessing_that_helps_is_told(models, determined, monkeypatch):

@@ -9,13 +9,13 @@ from nnunet_norm.errors import EvaluationError
 from nnunet_norm.evaluation import compare, per_case
 
 
-def summary(ending=".nii.gz", **cases):
-    """A summary with the Dice of every class, per case."""
+def summary(ending=".nii.gz", metric="Dice", **cases):
+    """A summary with the Dice of every class, or another metric, per case."""
     return {
         "metric_per_case": [
             {
                 "prediction_file": f"/somewhere/{case}{ending}",
-                "metrics": {label: {"Dice": value} for label, value in enumerate(values, 1)},
+                "metrics": {label: {metric: value} for label, value in enumerate(values, 1)},
             }
             for case, values in cases.items()
         ]
@@ -54,6 +54,24 @@ def test_differences_are_paired_and_first_minus_second():
     assert found.mean == pytest.approx(0.0, abs=1e-12)
     assert (found.num_cases, found.left_out, found.wins, found.losses) == (3, 3, 1, 1)
     assert compare(second, first, "Dice").low == pytest.approx(-found.high)
+
+
+def test_distances_are_of_classes_that_both_found():
+    """Who misses a class that is far off has no smaller distance by that, and wins where its distance is the smaller one."""
+    first = summary(metric="HD95", a=[1.0, math.nan], b=[2.0, 3.0], c=[math.nan, 5.0], d=[math.nan, 1.0])
+    second = summary(metric="HD95", a=[2.0, 90.0], b=[4.0, 2.0], c=[1.0, math.nan], d=[math.nan, 1.0])
+    found = compare(first, second, "HD95")
+    assert found.mean == pytest.approx((-1.0 - 0.5 + 0.0) / 3)
+    assert (found.num_cases, found.left_out, found.partial) == (3, 1, 1)
+    assert (found.wins, found.losses) == (2, 0)
+    twice = {"metric_per_case": first["metric_per_case"][:1] + summary(metric="HD95", a=[3.0, 9.0])["metric_per_case"]}
+    assert compare(twice, second, "HD95").mean == pytest.approx(0.0)
+
+
+def test_a_class_that_is_made_up_counts_against_dice():
+    """A class that is not there is 0 for who predicts it, as in nnU-Net, and no class is left out of overlaps."""
+    found = compare(summary(a=[0.8, 0.0]), summary(a=[0.8, math.nan]), "Dice")
+    assert (found.mean, found.partial, found.losses) == (pytest.approx(-0.4), 0, 1)
 
 
 def test_interval_is_that_of_the_mean():

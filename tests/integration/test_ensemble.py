@@ -68,7 +68,7 @@ def validated(folder, fold, case, reference, quality):
 @pytest.fixture(scope="module")
 def models(workspace):
     """The dataset, and three models of it: two that nnU-Net can compare, and one of other plans and dimensions."""
-    cases = workspace.add_hippocampus(DATASET, 4, 1)
+    cases = workspace.add_hippocampus(DATASET, 4, 2)
     preprocessed = workspace.root / "preprocessed" / DATASET
     shutil.copytree(workspace.root / "raw" / DATASET / "labelsTr", preprocessed / "gt_segmentations")
     results = workspace.root / "results" / DATASET

@@ -73,8 +73,10 @@ def test_every_fold_is_a_point_beside_mean_and_deviation() -> None:
 
 def test_differences_have_their_intervals_and_zero() -> None:
     """Enforces a line from low to high for every comparison, a point alone for one case, and nothing for none."""
-    some = Comparison(mean=0.1, low=-0.1, high=0.2, level=0.95, num_cases=5, left_out=0, wins=4, losses=1)
-    one = Comparison(mean=0.3, low=math.nan, high=math.nan, level=0.95, num_cases=1, left_out=0, wins=1, losses=0)
+    some = Comparison(mean=0.1, low=-0.1, high=0.2, level=0.95, num_cases=5, left_out=0, partial=0, wins=4, losses=1)
+    one = Comparison(
+        mean=0.3, low=math.nan, high=math.nan, level=0.95, num_cases=1, left_out=0, partial=0, wins=1, losses=0
+    )
     figure = draw_differences({"Dice": {"a": some, "b": one, "c": None}, "NSD": {"a": None, "b": None, "c": None}})
     figure.draw_without_rendering()
     dice, nsd = figure.axes

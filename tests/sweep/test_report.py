@@ -101,7 +101,7 @@ def test_the_best_is_named_with_what_it_is_worth(unfinished) -> None:
     nothing = replace(found, outcomes=tuple(replace(o, summary=None) for o in found.outcomes), settings={})
     assert sentences(nothing, compare_with_baseline(nothing))[1:] == ["No validation is there yet."]
     each = {**found.settings, "tolerance": {"1": 0.5, "2": 2.0}}
-    assert "at tolerances of 0.5 mm for front, 2 mm for rear" in sentences(replace(found, settings=each), compared)[-1]
+    assert "at a tolerance of 0.5 mm for front, 2 mm for rear" in sentences(replace(found, settings=each), compared)[-1]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(unfinished, tmp_path) -> None:
