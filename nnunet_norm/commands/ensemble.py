@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nnunet_norm.commands.ensemble_checks import check_flags
 from nnunet_norm.commands.machine import DEVICES, default_processes, device_named
 from nnunet_norm.commands.messages import messages_shown
-from nnunet_norm.commands.metric_options import add_metric_arguments, parse_tolerance
+from nnunet_norm.commands.metric_options import add_metric_arguments, add_process_arguments, parse_tolerance
 from nnunet_norm.commands.model import fold, model_folder
 from nnunet_norm.commands.sizes import parse_size
 from nnunet_norm.errors import EnsembleError
@@ -73,16 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="postprocessing.pkl: one per model for each, one for after (default: those of the cross-validations of the "
         "models, and of their ensemble)",
     )
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=default_processes("nnUNet_def_n_proc"),
-        help="cases that are averaged or measured at a time (default: nnUNet_def_n_proc, or 3)",
-    )
+    add_process_arguments(parser)
     parser.add_argument(
         "--scratch", metavar="DIR", help="where mapped files lie meanwhile (default: in the output folder)"
     )
-    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
     _add_prediction_arguments(parser.add_argument_group("with -m, how every model predicts"))
     _add_search_arguments(parser.add_argument_group("with --find"))
     add_metric_arguments(parser)

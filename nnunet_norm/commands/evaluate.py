@@ -17,10 +17,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nnunet_norm.commands.machine import default_processes
 from nnunet_norm.commands.messages import messages_shown
-from nnunet_norm.commands.metric_options import add_metric_arguments, parse_tolerance
-from nnunet_norm.errors import EvaluationError, SetupError
+from nnunet_norm.commands.metric_options import (
+    add_metric_arguments,
+    add_process_arguments,
+    check_processes,
+    parse_tolerance,
+)
+from nnunet_norm.errors import EvaluationError
 from nnunet_norm.reading import read_object
 
 
@@ -30,22 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pred_folder", metavar="PRED_FOLDER", help="predictions")
     parser.add_argument("-djfile", metavar="FILE", help="dataset.json (default: that of PRED_FOLDER, left by nnU-Net)")
     parser.add_argument("-o", metavar="FILE", help="output file, .json (default: PRED_FOLDER/summary.json)")
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=default_processes("nnUNet_def_n_proc"),
-        metavar="N",
-        help="cases measured at a time (default: 3)",
-    )
     parser.add_argument("--chill", action="store_true", help="leave out references that have no prediction")
     add_metric_arguments(parser)
-    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
+    add_process_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Compare, write, and print a table."""
-    if args.np < 1:
-        raise SetupError(f"-np {args.np} must be at least 1")
+    check_processes(args)
     tolerance = parse_tolerance(args.tolerance)
     dataset_json = _dataset_json(args)
     output = Path(args.o) if args.o is not None else Path(args.pred_folder, "summary.json")

@@ -6,7 +6,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from nnunet_norm.errors import EvaluationError
+from nnunet_norm.commands.machine import default_processes
+from nnunet_norm.errors import EvaluationError, SetupError
 from nnunet_norm.scores import EVERY
 
 
@@ -20,6 +21,28 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the surface Dice, in mm: one for all classes, or LABEL=MM for one, by its name or number (default: 1)",
     )
     parser.add_argument("--hd95", action="store_true", help="measure the 95 %% Hausdorff distance too")
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many cases at a time, and whether progress is shown."""
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=default_processes("nnUNet_def_n_proc"),
+        metavar="N",
+        help="cases at a time (default: nnUNet_def_n_proc, or 3)",
+    )
+    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse to work with none.
+
+    Raises:
+        SetupError: as said.
+    """
+    if args.np < 1:
+        raise SetupError(f"-np {args.np} must be at least 1")
 
 
 def parse_tolerance(words: Sequence[str]) -> dict[str, float]:

@@ -13,9 +13,13 @@ import argparse
 from pathlib import Path
 
 from nnunet_norm.commands.messages import messages_shown
-from nnunet_norm.commands.metric_options import add_metric_arguments, parse_tolerance
+from nnunet_norm.commands.metric_options import (
+    add_metric_arguments,
+    add_process_arguments,
+    check_processes,
+    parse_tolerance,
+)
 from nnunet_norm.commands.sweep_grid import add_grid_arguments, grid_of
-from nnunet_norm.errors import SetupError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_grid_arguments(parser)
     parser.add_argument("-o", metavar="FOLDER", help="where it goes (default: report, in the sweep's folder)")
     add_metric_arguments(parser)
-    parser.add_argument("-np", type=int, default=3, metavar="N", help="cases measured at a time (default: 3)")
-    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs of batch jobs")
+    add_process_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Collect, evaluate, write, and print what stands at the top of the report."""
-    if args.np < 1:
-        raise SetupError(f"-np {args.np} must be at least 1")
+    check_processes(args)
     tolerance = parse_tolerance(args.tolerance)
     grid = grid_of(args)
     # MONAI and matplotlib take seconds to import: refuse first
