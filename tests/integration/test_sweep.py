@@ -77,7 +77,7 @@ def begun(sweep):
 
 
 def folder_of(sweep):
-    return sweep.root / "results" / NAME / "sweeps" / "grid"
+    return sweep.root / "results" / NAME / "sweeps" / "grid__3d_fullres"
 
 
 def fold_folders(sweep, fold):
