@@ -1,6 +1,7 @@
 """What every test starts from: none of the user's nnU-Net settings, no window for a figure, one thread; a pretended SLURM."""
 
 import os
+import signal
 import stat
 
 import hypothesis
@@ -16,7 +17,8 @@ for _variable in [name for name in os.environ if name.startswith("nnUNet_")]:
 os.environ["MPLBACKEND"] = "Agg"
 # Threads that spin while they wait make two busy processes on two cores more than ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+# Ignored where a shell has begun the tests in the background; what they start would not hear it either.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SBATCH = """#!/bin/sh
 # Numbers the jobs, and keeps their scripts and what the environment says of the job that submits.

@@ -123,8 +123,10 @@ class _Slots:
 
     def interrupt(self) -> None:
         """Have no more run begin, and those that go on end in order."""
+        # What a shell has begun in the background, and its children, do not hear SIGINT.
+        unheard = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with self.lock:
             self.interrupted = True
             for process in self.running.values():
                 with suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGINT)
+                    process.send_signal(signal.SIGTERM if unheard else signal.SIGINT)
