@@ -25,7 +25,7 @@ from two_processes import one_of_two
 
 CLASSES = 3
 IGNORE = 3
-SECONDS = 100
+SECONDS = 300
 """A hang fails after these."""
 
 SHAPES = {"2d": (7, 6), "3d": (4, 3, 5)}
