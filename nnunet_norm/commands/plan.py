@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_norm.commands.messages import messages_shown
@@ -31,6 +30,7 @@ from nnunet_norm.experimental_batches import (
 from nnunet_norm.planning import cascade, derive_plans, load_plans, resolve_configuration, save_plans
 from nnunet_norm.planning.batches import check_shares
 from nnunet_norm.planning.configurations import Configuration, Plans
+from nnunet_norm.planning.datasets import dataset_name
 from nnunet_norm.planning.options import given
 from nnunet_norm.planning.recipes import find_recipe
 
@@ -111,10 +111,7 @@ def _dataset(name_or_id: str) -> tuple[str, str]:
     """The dataset's name and its preprocessed folder, by nnU-Net's own conversion."""
     if not nnUNet_preprocessed.is_set():
         raise SetupError("nnUNet_preprocessed is not set; export it as the folder with your preprocessed datasets")
-    try:
-        name = str(maybe_convert_to_dataset_name(name_or_id))
-    except (RuntimeError, ValueError) as error:  # what nnU-Net raises for no, several or a misspelt dataset
-        raise SetupError(f"-d {name_or_id}: {' '.join(str(error).split())}") from error
+    name = dataset_name(name_or_id, "-d")
     return name, f"{nnUNet_preprocessed}/{name}"
 
 

@@ -147,7 +147,7 @@ def _run_here(args: argparse.Namespace, grid: Grid, device: str) -> None:
         for unfinished in runs:
             refuse_locked(grid.fold_folder(unfinished))
         tasks = [task_of(grid, one, device=device, cores=max(cores() // len(slots), 1)) for one in runs]
-        _tell(grid, len(tasks), f"{len(slots)} at once")
+        _tell(grid, len(grid.runs) - len(runs), len(tasks), f"{len(slots)} at once")
         if tasks:
             with tqdm(total=len(tasks), unit="run", disable=args.disable_progress_bar) as bar:
                 told = _Told(grid, dict(zip(tasks, runs, strict=True)), bar)
@@ -196,16 +196,16 @@ def _submit(args: argparse.Namespace, grid: Grid, device: str) -> None:
             raise SubmissionError(
                 f"SLURM does not say whether job {unknown[0]} of this sweep is still there: try later"
             )
-        runs = []
-        for unfinished in _unfinished(grid):
+        runs, all_unfinished = [], _unfinished(grid)
+        for unfinished in all_unfinished:
             state = state_of(grid, unfinished, queue)
             if state.kind not in ("queued", "running"):
                 runs.append(unfinished)
             elif state.owner is not None and (state.owner.sweep != grid.name or state.owner.job is None):
                 refuse_locked(grid.fold_folder(unfinished))
         tasks = [task_of(grid, one, device=device, cores=resources.cpus) for one in runs]
-        waiting = len(_unfinished(grid)) - len(tasks)
-        _tell(grid, len(tasks), "as jobs of SLURM")
+        waiting = len(all_unfinished) - len(tasks)
+        _tell(grid, len(grid.runs) - len(all_unfinished), len(tasks), "as jobs of SLURM")
         if waiting:
             print(f"{_counted(waiting)} queued or running already")
         if tasks:
@@ -242,8 +242,7 @@ def _unfinished(grid: Grid) -> list[Run]:
     return [run for run in grid.runs if missing_of(grid.fold_folder(run), npz=grid.npz) is not None]
 
 
-def _tell(grid: Grid, count: int, how: str) -> None:
-    finished = len(grid.runs) - len(_unfinished(grid))
+def _tell(grid: Grid, finished: int, count: int, how: str) -> None:
     print(f"{grid.name}: {len(grid.points)} points in {len(grid.folds)} folds; {_counted(finished)} finished already")
     if count:
         print(f"{_counted(count)} to be trained, {how}; logs: {grid.folder / 'logs'}", flush=True)

@@ -75,12 +75,11 @@ def costs(grid: Grid) -> list[Cost]:
 def describe(grid: Grid) -> list[str]:
     """A table of the points with their plans and costs, and the sum over all folds; lines for people."""
     found = costs(grid)
-    processes = max(grid.gpus, 1) * grid.nodes
     rows = [("point", "trainer", "plans", "patch", "batch", "GB per GPU", "PFLOP per fold", "hours per fold")]
     for cost in found:
         resolved = resolve_configuration(dict(cost.point.plans), grid.configuration)
-        each = shares(resolved["batch_size"], processes)
-        batch = f"{resolved['batch_size']}" + (f" ({each[0]} a GPU)" if processes > 1 else "")
+        each = shares(resolved["batch_size"], grid.processes)
+        batch = f"{resolved['batch_size']}" + (f" ({each[0]} a GPU)" if grid.processes > 1 else "")
         rows.append(
             (
                 cost.point.label,
@@ -111,11 +110,10 @@ def _total(grid: Grid, found: list[Cost]) -> list[str]:
 
 def _estimate(grid: Grid, point: Point, description: dict[str, Any]) -> tuple[float | None, int | None]:
     """Memory of a GPU and operations of an epoch."""
-    processes = max(grid.gpus, 1) * grid.nodes
     network = Network.of(dict(point.plans), grid.configuration, description)
-    samples = shares(network.resolved["batch_size"], processes)[0]
+    samples = shares(network.resolved["batch_size"], grid.processes)[0]
     try:
-        return Training(network, samples).gigabytes, epoch_flops(network, processes)
+        return Training(network, samples).gigabytes, epoch_flops(network, grid.processes)
     except (PlansError, ArchitectureError):  # a network of one's own, that does not run without data
         return None, None
 

@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.planning.topology import as_text
 from nnunet_norm.sweep.grid import Grid
-from nnunet_norm.sweep.grid_file import MAPPINGS, SETTING
+from nnunet_norm.sweep.grid_file import SETTING, parts_of
 from nnunet_norm.sweep.points import Point, shown
 
 BATCH, PATCH = "batch_size", "patch_size"
@@ -74,8 +74,7 @@ def _said(grid: Grid, point: Point) -> Iterator[tuple[str, Any]]:
     resolved = resolve_configuration(dict(point.plans), grid.configuration)
     sizes = {PATCH: list(resolved[PATCH]), BATCH: resolved[BATCH]}
     for axis, value in point.values.items():
-        parts = value if isinstance(value, Mapping) and axis not in MAPPINGS else {axis: value}
-        yield from ((key, sizes.get(key, part)) for key, part in parts.items())
+        yield from ((key, sizes.get(key, part)) for key, part in parts_of(axis, value).items())
     yield from sizes.items()
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunet_norm.errors import GridError, NnunetNormError, SetupError
+from nnunet_norm.errors import GridError, NnunetNormError
 from nnunet_norm.planning import derive_plans, load_plans, resolve_configuration
+from nnunet_norm.planning.datasets import dataset_name, require_folders
 from nnunet_norm.planning.recipes import find_recipe
 from nnunet_norm.planning.schedule import EPOCHS
-from nnunet_norm.sweep.grid_file import MAPPINGS, PREFIX, SETTING, TRAINER_AXES, GridFile, folds_of, read_grid
+from nnunet_norm.sweep.grid_file import PREFIX, SETTING, TRAINER_AXES, GridFile, folds_of, parts_of, read_grid
 from nnunet_norm.sweep.points import Point, Run
 from nnunet_norm.training.preflight import find_trainer
 
@@ -68,6 +68,11 @@ class Grid:
         return tuple(Run(point, fold) for fold in self.folds for point in self.points)
 
     @property
+    def processes(self) -> int:
+        """Of one training, on all its machines: one per GPU, or one."""
+        return max(self.gpus, 1) * self.nodes
+
+    @property
     def folder(self) -> Path:
         """Everything of the sweep that is not nnU-Net's: logs, records, the report."""
         return Path(str(nnUNet_results), self.dataset, SWEEPS, f"{self.name}__{self.configuration}")
@@ -113,7 +118,8 @@ def load_grid(
         if value is None:
             raise GridError(f"{source}: {key} is missing; give it in the grid, or with -{key[0]}")
     assert configuration is not None
-    name = _dataset(str(dataset or file.dataset))
+    require_folders(nnUNet_preprocessed, nnUNet_results)
+    name = dataset_name(str(dataset or file.dataset))
     chosen_folds = file.folds if folds is None else folds_of(folds, "-f")
     preprocessed = Path(str(nnUNet_preprocessed), name)
     _check_folds(chosen_folds, preprocessed)
@@ -179,8 +185,7 @@ def _merged(file: GridFile, values: Mapping[str, Any], source: str) -> dict[str,
     """Everything that is asked of a point; values that are mappings say several things."""
     asked = dict(file.fixed)
     for axis, value in values.items():
-        parts = value if isinstance(value, Mapping) and axis not in MAPPINGS else {axis: value}
-        for key, part in parts.items():
+        for key, part in parts_of(axis, value).items():
             if key in asked:
                 raise GridError(f"{source}: {key} is said twice for {dict(values)}; leave it out in one place")
             asked[key] = part
@@ -215,16 +220,6 @@ def _epochs_of(trainer: str) -> int:
     find_trainer(trainer)
     said = re.search(r"_([1-9][0-9]*)epochs?$", trainer)
     return int(said[1]) if said else EPOCHS
-
-
-def _dataset(name_or_id: str) -> str:
-    for folder in (nnUNet_preprocessed, nnUNet_results):
-        if not folder.is_set():
-            raise SetupError(f"{folder.env_var_name} is not set; export it as nnU-Net's documentation says")
-    try:
-        return str(maybe_convert_to_dataset_name(name_or_id))
-    except (RuntimeError, ValueError) as error:  # what nnU-Net raises for no, several or a misspelt dataset
-        raise SetupError(f"dataset {name_or_id}: {' '.join(str(error).split())}") from error
 
 
 def _check_folds(folds: Sequence[int | str], preprocessed: Path) -> None:

@@ -153,6 +153,11 @@ def parse_grid(content: Any, source: str, *, name: str) -> GridFile:
     )
 
 
+def parts_of(axis: str, value: Any) -> Mapping[str, Any]:
+    """What a value of an axis says, key by key: it may be a mapping that says several things."""
+    return value if isinstance(value, Mapping) and axis not in MAPPINGS else {axis: value}
+
+
 def folds_of(folds: Any, source: str) -> tuple[int | str, ...]:
     """Folds as nnU-Net takes them: different numbers, or ``all`` alone or among them.
 

@@ -140,9 +140,7 @@ def _take(descriptor: int, folder: Path, own: Owner) -> bool:
             again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
             is_own = again and own.job is not None and other is not None and other.job == own.job
             if time.monotonic() - begun > (REQUEUED if is_own else MOMENT):
-                raise SweepError(
-                    f"{folder} is being written to by {other or 'another sweep'}: wait for it, or end it first"
-                )
+                raise _refusal(folder, other)
             time.sleep(0.1)
     except OSError as error:  # some file systems of clusters have none
         logger.warning("%s: its file system has no locks (%s); nothing keeps two sweeps apart", folder, error.strerror)

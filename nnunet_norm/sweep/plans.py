@@ -20,8 +20,11 @@ from nnunet_norm.training.preflight import find_trainer
 from nnunet_norm.training.scaled_trainer import ScaledTrainer
 
 
-def check_points(grid: Grid) -> None:
+def check_points(grid: Grid) -> list[Point]:
     """Refuse what no point could be trained with; nothing is written.
+
+    Returns:
+        One point for each plans file that is not there yet.
 
     Raises:
         GridError: plans or results of a point's name are there that say something else.
@@ -33,24 +36,26 @@ def check_points(grid: Grid) -> None:
         raise SetupError(
             f"{cases} is not there: run nnUNetv2_preprocess -d {grid.dataset} -c {grid.configuration} first"
         )
+    trainers = {name: find_trainer(name) for name in {point.trainer: None for point in grid.points}}
     for point in grid.points:
         resolved = resolve_configuration(dict(point.plans), grid.configuration)
-        trainer = find_trainer(point.trainer)
+        trainer = trainers[point.trainer]
         if issubclass(trainer, NormTrainer):
             refuse_contradiction(resolved, trainer.norm, point.trainer)
         elif not issubclass(trainer, ScaledTrainer):
             _check_stock(grid, point, resolved)
         try:
-            check_shares(resolved, max(grid.gpus, 1) * grid.nodes, grid.configuration)
+            check_shares(resolved, grid.processes, grid.configuration)
         except PlansError as error:
             raise PlansError(f"point {point.label}: {error}") from error
         _check_results(grid, point)
-        _same_plans_there(grid, point)
+    missing = [point for point in grid.points if not _same_plans_there(grid, point)]
+    return list({point.plans_name: point for point in missing}.values())
 
 
 def _check_stock(grid: Grid, point: Point, resolved: dict[str, Any]) -> None:
     """Refuse what a trainer of nnU-Net's own would not do, or not heed."""
-    if max(grid.gpus, 1) * grid.nodes > 1:
+    if grid.processes > 1:
         raise GridError(
             f"point {point.label}: {point.trainer} is not of nnunet_norm, and sweeps train such ones in one process: give "
             "gpus: 1 and nodes: 1, or sweep them by themselves"
@@ -69,10 +74,8 @@ def write_plans(grid: Grid) -> None:
         GridError, PlansError, SetupError: see :func:`check_points`; nothing was written then.
         OutputError: the folder is read-only, or the disk is full.
     """
-    check_points(grid)
-    for name, point in {point.plans_name: point for point in grid.points}.items():
-        if name != grid.plans and not _same_plans_there(grid, point):
-            save_plans(dict(point.plans), grid.preprocessed)
+    for point in check_points(grid):
+        save_plans(dict(point.plans), grid.preprocessed)
 
 
 def _same_plans_there(grid: Grid, point: Point) -> bool:

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_norm.errors import LaunchError, SetupError
 from nnunet_norm.planning import load_plans, resolve_configuration
 from nnunet_norm.planning.batches import check_shares
+from nnunet_norm.planning.datasets import dataset_name, require_folders
 from nnunet_norm.prediction.model_folder import trainers_on_search_path
 from nnunet_norm.training.scaled_trainer import ScaledTrainer
 
@@ -108,10 +108,8 @@ def what_is_trained(args: argparse.Namespace, processes: int) -> dict[str, Any]:
         PlansError: The plans or the configuration are not there, or the processes cannot share the batch.
         LaunchError: No such trainer, or one that cannot be trained so.
     """
-    for folder in (nnUNet_preprocessed, nnUNet_results):
-        if not folder.is_set():
-            raise SetupError(f"{folder.env_var_name} is not set; export it as nnU-Net's documentation says")
-    dataset = _dataset_folder(args.dataset)
+    require_folders(nnUNet_preprocessed, nnUNet_results)
+    dataset = Path(str(nnUNet_preprocessed), dataset_name(args.dataset))
     plans = load_plans(dataset, args.p)
     configuration = resolve_configuration(plans, args.configuration)
     check_shares(configuration, processes, args.configuration)
@@ -148,11 +146,3 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
             f"-tr {name}: there is no such trainer; nnunet-norm trainers lists those of this package"
         ) from error
     return found
-
-
-def _dataset_folder(name_or_id: str) -> Path:
-    try:
-        name = str(maybe_convert_to_dataset_name(name_or_id))
-    except (RuntimeError, ValueError) as error:  # what nnU-Net raises for no, several or a misspelt dataset
-        raise SetupError(f"dataset {name_or_id}: {' '.join(str(error).split())}") from error
-    return Path(str(nnUNet_preprocessed), name)
