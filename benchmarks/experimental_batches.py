@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from experimental_batches_data import DATA, Case, differences, make_raw, of_preprocessed, read_labels, schemes
 from experimental_batches_report import markdown
+from nnunet_datasets import Dataset, prepare, program
 from reporting import command, machine, versions
 from trainings import Training, run_all
-from whole_image_statistics_data import Dataset, prepare, program
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
 from nnunet_norm.experimental_batches import FILE_NAME

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
+from nnunet_datasets import Dataset
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from PIL import Image
-from whole_image_statistics_data import Dataset
 
 from nnunet_norm.experimental_batches import FILE_NAME
 from nnunet_norm.writing import write_json

@@ -26,9 +26,10 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
+from nnunet_datasets import make_raw, prepare, program
 from reporting import command, machine, spread, table, versions
 from trainings import Training
-from whole_image_statistics_data import DATASETS, cases_of, make_raw, prepare, program
+from whole_image_statistics_data import DATASETS, cases_of
 
 from nnunet_norm.demo.steps import continue_flag
 from nnunet_norm.writing import write_json, written_beside

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from whole_image_statistics_data import ONE_CORE, Dataset, program
+from nnunet_datasets import ONE_CORE, Dataset, program
 
 from nnunet_norm.demo.steps import continue_flag
 from nnunet_norm.writing import is_whole_checkpoint

@@ -1,27 +1,18 @@
 """The datasets of ``whole_image_statistics.py``: preparation, training by nnU-Net's own programs, and the test images."""
 
 import itertools
-import shutil
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
+from nnunet_datasets import ONE_CORE, Dataset, make_raw, prepare, program
 from PIL import Image
 
-from nnunet_norm.demo.process import run_logged
 from nnunet_norm.demo.steps import continue_flag
-from nnunet_norm.demo.workspace import DemoSettings, Workspace
-from nnunet_norm.writing import is_whole_checkpoint, write_json, written_beside
+from nnunet_norm.writing import is_whole_checkpoint, written_beside
 
 TRAINER, EPOCHS, ITERATIONS = "nnUNetTrainer_5epochs", 5, 250
 PLANS = "small"
-ONE_CORE = """import multiprocessing
-multiprocessing.cpu_count = lambda: 1
-from nnunetv2.run.run_training import run_training_entry
-run_training_entry()"""
-"""``nnUNetv2_train``, which would take every core of the machine whatever OMP_NUM_THREADS says."""
-
 VNC_ROLES = {"train": range(14), "val": range(14, 15), "test": range(17, 20)}
 """Sections; 15 and 16 are used for nothing, so that no test section touches one that was seen."""
 
@@ -30,28 +21,6 @@ HELD_OUT, VALIDATION = 50, 10
 
 CELL, GRID = (36, 50, 36), (1, 5, 5)
 """Voxels (z, y, x) that a case has in the mosaic, its median size, and how many cases lie side by side."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """One dataset and how its model is trained."""
-
-    name: str
-    configuration: str
-    channel: str
-    labels: dict[str, int]
-    ending: str
-    plan: tuple[str, ...]
-
-    @property
-    def number(self):
-        """As nnU-Net's programs take it."""
-        return str(int(self.name[7:10]))
-
-    @property
-    def foreground(self):
-        """Names of all classes but the background."""
-        return [label for label in self.labels if self.labels[label]]
 
 
 DATASETS = {
@@ -92,45 +61,6 @@ def cases_of(which, data):
         for role in files
         for name in files[role]
     ]
-
-
-def make_raw(dataset, cases, folder):
-    """nnU-Net's raw dataset of the cases for training and validation, with the split; dataset.json comes last."""
-    used = [case for case in cases if case[1] != "test"]
-    for sub in ("imagesTr", "labelsTr"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    for name, _, image, labels in used:
-        shutil.copy(image, folder / "imagesTr" / f"{name}_0000{dataset.ending}")
-        target = folder / "labelsTr" / f"{name}{dataset.ending}"
-        if dataset.ending == ".png":
-            Image.open(labels).convert("L").save(target)
-        else:
-            shutil.copy(labels, target)
-    write_json(folder / "splits_final.json", [{r: [c[0] for c in used if c[1] == r] for r in ("train", "val")}])
-    description = {"channel_names": {"0": dataset.channel}, "labels": dataset.labels}
-    write_json(folder / "dataset.json", description | {"numTraining": len(used), "file_ending": dataset.ending})
-
-
-def program(work, log, on_line=print):
-    """Runs a program with nnU-Net's folders in ``work``; its output is appended to ``work/log``."""
-
-    def run(*command, **changes):
-        environment = Workspace(work, DemoSettings()).environment(OMP_NUM_THREADS="1", **changes)
-        run_logged(command, work / log, environment, on_line)
-
-    return run
-
-
-def prepare(dataset, work, make):
-    """The preprocessed dataset with its split; ``make(folder)`` writes the raw one. What is there is not made again."""
-    raw, preprocessed = (work / f"nnUNet_{kind}" / dataset.name for kind in ("raw", "preprocessed"))
-    if not (raw / "dataset.json").exists():
-        make(raw)
-    if not (preprocessed / "splits_final.json").exists():
-        which = ("-d", dataset.number, "-c", dataset.configuration)
-        run = program(work, f"{dataset.name}.log", lambda line: "it/s]" in line or print(line))
-        run("nnUNetv2_plan_and_preprocess", *which, "-np", "1", "-npfp", "1", nnUNet_n_proc_DA="1")
-        shutil.copy(raw / "splits_final.json", preprocessed)
 
 
 def train(dataset, cases, work):
