@@ -16,10 +16,10 @@ folder. All entries are optional; one that is absent leaves nnU-Net's own value,
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from nnunet_norm.errors import PlansError
-from nnunet_norm.layers import SYNC
+from nnunet_norm.layers import INPUT_NORMALIZATIONS, SYNC
 
 BLOCK = "nnunet_norm"
 """The key of the block in a configuration."""
@@ -87,7 +87,31 @@ def _require_mapping(key: str, block: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchRenormSettings:
+class _NestedSettings:
+    """Settings that are an entry of the block themselves, under ``key``."""
+
+    key: ClassVar[str]
+
+    @classmethod
+    def from_block(cls, block: Mapping[str, Any]) -> Self:
+        """Read the entry; what is absent has its default.
+
+        Raises:
+            PlansError: a key that is no setting, or a value of the wrong type or out of range.
+        """
+        _require_mapping(f"{BLOCK}.{cls.key}", block)
+        _require_known(f"{BLOCK}.{cls.key}", block, [item.name for item in fields(cls)])
+        return cls(**block)
+
+    def to_block(self) -> dict[str, Any]:
+        """Only what differs from the defaults."""
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRenormSettings(_NestedSettings):
     """How the limits of BatchRenorm open during a training.
 
     Training begins as plain BatchNorm (r_max = 1, d_max = 0) for the share ``warmup`` of all planned iterations; over the
@@ -108,6 +132,8 @@ class BatchRenormSettings:
     References:
         Ioffe 2017, arXiv:1702.03275, section 4.1, for the end points 3 and 5 and the gradual growth.
     """
+
+    key: ClassVar[str] = "batch_renorm"
 
     momentum: float | None = None
     r_max: float = 3.0
@@ -149,18 +175,42 @@ class BatchRenormSettings:
             return self.momentum
         return min(max(SLOWEST_MOMENTUM, AVERAGES_PER_TRAINING / planned), FASTEST_MOMENTUM)
 
-    @classmethod
-    def from_block(cls, block: Mapping[str, Any]) -> Self:
-        """Read the entry ``"batch_renorm"``; what is absent has its default."""
-        _require_mapping(f"{BLOCK}.batch_renorm", block)
-        _require_known(f"{BLOCK}.batch_renorm", block, [item.name for item in fields(cls)])
-        return cls(**block)
 
-    def to_block(self) -> dict[str, Any]:
-        """Only what differs from the defaults."""
-        return {
-            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
-        }
+@dataclass(frozen=True, kw_only=True)
+class UnetrSettings(_NestedSettings):
+    """The sizes of a UNETR, by the names and with the defaults of MONAI, which are the paper's (ViT-B16).
+
+    Attributes:
+        feature_size: channels of the finest convolutional block; coarser ones have 2, 4 and 8 times as many.
+        hidden_size: numbers that make up a token; a multiple of ``num_heads``.
+        mlp_dim: hidden units of the transformer's feed-forward layers.
+        num_heads: of the attention.
+
+    Raises:
+        PlansError: a value of the wrong type or out of range.
+
+    References:
+        Hatamizadeh et al. 2022, arXiv:2103.10504, section 4.2.
+    """
+
+    key: ClassVar[str] = "unetr"
+
+    feature_size: int = 16
+    hidden_size: int = 768
+    mlp_dim: int = 3072
+    num_heads: int = 12
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _require_integer(f"{self.key}.{item.name}", getattr(self, item.name), 1)
+        if self.hidden_size % self.num_heads:
+            raise _refuse(
+                "unetr.hidden_size", self.hidden_size, f"a multiple of unetr.num_heads, which is {self.num_heads}"
+            )
+
+
+NESTED: tuple[type[BatchRenormSettings] | type[UnetrSettings], ...] = (BatchRenormSettings, UnetrSettings)
+"""Settings of the block that are objects of settings themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +234,9 @@ class NormSettings:
         warmup_epochs: epochs over which the learning rate rises linearly to what nnU-Net's schedule says.
         checkpoint_minutes: a checkpoint to continue from is written at the end of an epoch if the last one is so many minutes
             old; 0 for every epoch, None for :data:`CHECKPOINT_MINUTES`.
+        input_normalization: "image_quantile" or "tile_quantile": images, or every tile, are normalized by their quantiles.
         batch_renorm: the schedule of BatchRenorm.
+        unetr: the sizes of the network, for trainers with ``_UNETR`` in their names; None for MONAI's own.
 
     Raises:
         PlansError: a value of the wrong type or out of range.
@@ -204,7 +256,9 @@ class NormSettings:
     activation_checkpointing: bool | None = None
     warmup_epochs: int | None = None
     checkpoint_minutes: float | None = None
+    input_normalization: str | None = None
     batch_renorm: BatchRenormSettings = field(default_factory=BatchRenormSettings)
+    unetr: UnetrSettings | None = None
 
     def __post_init__(self) -> None:
         for key in _COUNTS:
@@ -230,6 +284,8 @@ class NormSettings:
             wanted = "a finite number of at least 0"
             if _require_number("checkpoint_minutes", self.checkpoint_minutes, wanted) < 0:
                 raise _refuse("checkpoint_minutes", self.checkpoint_minutes, wanted)
+        if self.input_normalization is not None and self.input_normalization not in INPUT_NORMALIZATIONS:
+            raise _refuse("input_normalization", self.input_normalization, f"one of {', '.join(INPUT_NORMALIZATIONS)}")
         if self.domain_statistics is not None:
             object.__setattr__(self, "domain_statistics", _names("domain_statistics", self.domain_statistics))
 
@@ -249,8 +305,9 @@ class NormSettings:
             )
         _require_known(BLOCK, block, [item.name for item in fields(cls)])
         values = dict(block)
-        if "batch_renorm" in values:
-            values["batch_renorm"] = BatchRenormSettings.from_block(values["batch_renorm"])
+        for nested in NESTED:
+            if nested.key in values:
+                values[nested.key] = nested.from_block(values[nested.key])
         return cls(**values)
 
     def to_block(self) -> dict[str, Any]:
@@ -262,5 +319,7 @@ class NormSettings:
         }
         if self.domain_statistics is not None:
             block["domain_statistics"] = list(self.domain_statistics)
+        if self.unetr is not None:
+            block["unetr"] = self.unetr.to_block()
         batch_renorm = self.batch_renorm.to_block()
         return {**block, "batch_renorm": batch_renorm} if batch_renorm else block

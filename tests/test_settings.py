@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nnunet_norm.errors import PlansError
 from nnunet_norm.layers import BatchRenorm2d
-from nnunet_norm.settings import BatchRenormSettings, NormSettings
+from nnunet_norm.settings import BatchRenormSettings, NormSettings, UnetrSettings
 
 FULL = {
     "num_iterations_per_epoch": 10,
@@ -26,6 +26,7 @@ FULL = {
     "activation_checkpointing": True,
     "warmup_epochs": 5,
     "checkpoint_minutes": 0,
+    "input_normalization": "image_quantile",
     "batch_renorm": {"momentum": 0.1, "r_max": 2.0, "d_max": 0.0, "warmup": 0.7, "ramp": 0.2, "sync": "full"},
 }
 
@@ -125,6 +126,11 @@ def test_a_valid_block_survives_json_and_back(block: dict[str, object]) -> None:
         ({"batch_renorm": {"sync": "all"}}, r"batch_renorm\.sync is 'all'; it must be one of running, full, none"),
         ({"batch_renorm": {"sync": True}}, r"batch_renorm\.sync is True"),
         ({"batch_renorm": {"sync": None}}, r"batch_renorm\.sync is None"),
+        (
+            {"input_normalization": "zscore"},
+            r"input_normalization is 'zscore'; it must be one of image_quantile, tile_q",
+        ),
+        ({"input_normalization": True}, r"input_normalization is True"),
         ({"batch_renorm": {"warmup": 0.8}}, r"warmup \+ ramp is 0\.8 \+ 0\.3; together they are at most 1"),
     ],
 )
@@ -177,3 +183,28 @@ def test_names_of_domains_keep_their_order_and_cannot_be_changed():
 def test_what_is_not_set_is_left_to_the_trainer(key):
     assert getattr(NormSettings(), key) is None
     assert key not in NormSettings().to_block()
+
+
+def test_sizes_of_unetr_are_whole_numbers_by_monais_names():
+    """What is given replaces MONAI's defaults, and comes back as it was given; an empty object is MONAI's own network."""
+    block = {"unetr": {"hidden_size": 48, "num_heads": 3}}
+    settings = NormSettings.from_configuration({"nnunet_norm": block})
+    assert settings.unetr == UnetrSettings(feature_size=16, hidden_size=48, mlp_dim=3072, num_heads=3)
+    assert settings.to_block() == block
+    assert NormSettings.from_configuration({"nnunet_norm": {"unetr": {}}}).to_block() == {"unetr": {}}
+    assert NormSettings.from_configuration({}).unetr is None
+
+
+@pytest.mark.parametrize(
+    ("block", "line"),
+    [
+        ({"hidden_size": 50}, r"unetr\.hidden_size is 50; it must be a multiple of unetr\.num_heads, which is 12$"),
+        ({"mlp_dim": 0}, r"unetr\.mlp_dim is 0; it must be a whole number of at least 1$"),
+        ({"feature_size": 4.0}, r"unetr\.feature_size is 4\.0; it must be a whole number"),
+        ({"depth": 4}, r"unetr\.depth is not a setting; valid ones are feature_size, hidden_size, mlp_dim, num_heads$"),
+        (7, r"unetr is 7; it must be an object of settings$"),
+    ],
+)
+def test_sizes_of_unetr_out_of_range_are_refused_in_one_line(block, line):
+    with pytest.raises(PlansError, match=rf"^plans: nnunet_norm\.{line}"):
+        NormSettings.from_configuration({"nnunet_norm": {"unetr": block}})

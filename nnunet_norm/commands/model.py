@@ -69,8 +69,9 @@ def how_to_predict(
     plans: str,
     folds: Sequence[int | str],
     checkpoint: str,
+    stock: bool = True,
 ) -> str:
-    """The command of nnU-Net that predicts with a model folder that was written.
+    """The command that predicts with a model folder that was written.
 
     Args:
         folder: the model.
@@ -80,11 +81,14 @@ def how_to_predict(
         plans: of the model.
         folds: of the model.
         checkpoint: file name of the checkpoints.
+        stock: whether nnU-Net's own predictor can; else it is this package's.
     """
+    own = "nnunet-norm predict"
     if by_folder:
-        program = f"nnUNetv2_predict_from_modelfolder -m {folder}"
+        program = f"{'nnUNetv2_predict_from_modelfolder' if stock else own} -m {folder}"
     else:
         of_trainer = "" if trainer == "nnUNetTrainer" else f" -tr {trainer}"
-        program = f"nnUNetv2_predict -d {Path(folder).parent.name} -c {configuration}{of_trainer} -p {plans}"
+        name = Path(folder).parent.name
+        program = f"{'nnUNetv2_predict' if stock else own} -d {name} -c {configuration}{of_trainer} -p {plans}"
     chosen = "" if checkpoint == "checkpoint_final.pth" else f" -chk {checkpoint}"
     return f"{program} -f {' '.join(map(str, folds))}{chosen} -i IN -o OUT"

@@ -16,6 +16,7 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_norm.architectures import UNETR
 from nnunet_norm.commands.messages import messages_shown
 from nnunet_norm.commands.plan_checks import check_training
 from nnunet_norm.commands.plan_options import OPTIONS, add_changes
@@ -33,6 +34,7 @@ from nnunet_norm.planning.configurations import Configuration, Plans
 from nnunet_norm.planning.datasets import dataset_name
 from nnunet_norm.planning.options import given
 from nnunet_norm.planning.recipes import find_recipe
+from nnunet_norm.settings import NESTED
 
 TRAINERS = {
     "norm_op": "nnUNetTrainerNorm",
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
     _print_table(_differences(plans, derived))
     print("\nNext:")
     trainer = next((TRAINERS[name] for name in TRAINERS if name in options), "nnUNetTrainerBRN")
+    trainer += f"_{UNETR}" if "unetr" in options else ""
     names = [trainer, *(f"{trainer}_{loss}" for loss in (recipe.losses if recipe is not None else ()))]
     for command in _next_commands(dataset, derived, args, names):
         print(f"  {command}")
@@ -102,8 +105,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     options = given({name: getattr(args, name) for name in OPTIONS})
     if not options["domain_statistics"]:
         del options["domain_statistics"]
-    if "batch_renorm" in options:
-        options["batch_renorm"] = dict(options["batch_renorm"])
+    for nested in NESTED:
+        if nested.key in options:
+            options[nested.key] = dict(options[nested.key])
     return options
 
 

@@ -1,8 +1,11 @@
 """Flags of ``nnunet-norm plan`` that change plans: one for each option of ``derive_plans``."""
 
 import argparse
+from dataclasses import fields
 
+from nnunet_norm.layers import INPUT_NORMALIZATIONS
 from nnunet_norm.planning.schedule import LR_SCALINGS
+from nnunet_norm.settings import UnetrSettings
 
 OPTIONS = {
     "batch_size": "--batch-size",
@@ -29,7 +32,9 @@ OPTIONS = {
     "frozen_share": "--frozen-share",
     "normalization_batch_size": "--normalization-batch-size",
     "domain_statistics": "--domain-statistics",
+    "input_normalization": "--input-normalization",
     "batch_renorm": "--batch-renorm",
+    "unetr": "--unetr",
 }
 """Parameters of ``derive_plans`` and the flags that give them."""
 
@@ -67,6 +72,13 @@ def _add_batch_and_network(changes: argparse._ArgumentGroup) -> None:
         "--base-features", type=int, metavar="N", help="of the first stage; doubled up to the plan's cap"
     )
     changes.add_argument("--features-per-stage", type=int, nargs="+", metavar="N", help="instead, one number per stage")
+    changes.add_argument(
+        "--unetr",
+        type=_size,
+        nargs="+",
+        metavar="KEY=N",
+        help=f"sizes of UNETR (trainers with _UNETR): {', '.join(item.name for item in fields(UnetrSettings))}",
+    )
     changes.add_argument("--norm-op", metavar="PATH", help="dotted path of a norm (train it with nnUNetTrainerNorm)")
 
 
@@ -88,6 +100,11 @@ def _add_training(changes: argparse._ArgumentGroup) -> None:
     changes.add_argument(
         "--checkpoint-minutes", type=float, metavar="F", help="between checkpoints; 0: one each epoch (default: 10)"
     )
+    changes.add_argument(
+        "--input-normalization",
+        choices=INPUT_NORMALIZATIONS,
+        help="quantiles 0.01 and 0.98 become 0 and 1: of every image, or of every tile (for comparison: it makes seams)",
+    )
     changes.add_argument("--seed", type=int, metavar="N", help="of weights; with nnUNet_n_proc_DA=0 of all else too")
 
 
@@ -107,6 +124,14 @@ def _add_norms(changes: argparse._ArgumentGroup) -> None:
     changes.add_argument(
         "--batch-renorm", type=_setting, nargs="+", metavar="KEY=V", help="momentum, r_max, d_max, warmup, ramp, sync"
     )
+
+
+def _size(text: str) -> tuple[str, int]:
+    key, _, value = text.partition("=")
+    try:
+        return key, int(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=WHOLE NUMBER, e.g. hidden_size=384") from error
 
 
 def _setting(text: str) -> tuple[str, float | str]:

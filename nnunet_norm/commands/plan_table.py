@@ -1,15 +1,23 @@
 """What ``nnunet-norm plan`` says about a configuration before it writes: network, patch, batch, memory, length."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from nnunet_norm.architectures import TOKEN, UNETR
+from nnunet_norm.layers import IMAGE, TILE
+from nnunet_norm.layers.input_normalization import QUANTILES
 from nnunet_norm.planning.fitting import Training, counted
 from nnunet_norm.planning.schedule import EPOCHS, Schedule
 from nnunet_norm.planning.topology import as_text, total_stride
 from nnunet_norm.settings import NormSettings
 
 Row = tuple[str, str]
+
+
+INPUTS = {IMAGE: "of every image", TILE: "of every tile, which makes seams,"}
+"""Whose quantiles normalize, in words."""
 
 
 def table(
@@ -34,11 +42,18 @@ def table(
         ("steps", _steps(schedule)),
         ("learning rate", _learning_rate(schedule)),
     ]
+    kind = NormSettings.from_configuration(resolved).input_normalization
+    if kind is not None:
+        rows.append(("input", f"quantiles {QUANTILES[0]} and {QUANTILES[1]} {INPUTS[kind]} become 0 and 1 ({kind})"))
     width = max(len(key) for key, _ in rows)
     return [name, *(f"  {key:<{width}}  {value}" for key, value in rows)]
 
 
 def _topology(resolved: dict[str, Any], name: str) -> str:
+    sizes = NormSettings.from_configuration(resolved).unetr
+    if sizes is not None:
+        listed = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(sizes).items())
+        return f"{UNETR} (trainers with _{UNETR}), tokens of {as_text([TOKEN] * len(resolved['patch_size']))}, {listed}"
     architecture = resolved["architecture"]
     network, kwargs = architecture["network_class_name"].rsplit(".", 1)[-1], architecture["arch_kwargs"]
     if "strides" not in kwargs or "n_stages" not in kwargs:

@@ -115,5 +115,6 @@ def run(args: argparse.Namespace) -> None:
                 plans=target.plans_name,
                 folds=recalibration.folds,
                 checkpoint=args.chk,
+                stock=recalibration.predictor.input_normalization is None,
             )
             print(f"{target.folder}: statistics of {target.population}; predict with {use}")

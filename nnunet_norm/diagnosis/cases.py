@@ -158,11 +158,12 @@ def load(predictor: CasePredictor, case: Case, max_voxels: int) -> LoadedCase:
         InputImageError: an image that cannot be predicted, or labels that do not fit it.
     """
     reference = None
-    if case.labels is None or case.previous is not None:
+    alone = case.labels is None or case.previous is not None or predictor.input_normalization is not None
+    if alone:  # nnU-Net's preprocessing knows neither the previous stage's channels nor quantiles
         data, _ = predictor.preprocessing(case.files, case.previous)
     if case.labels is not None:
         with_labels, reference = _with_labels(predictor, case, case.labels)
-        data = with_labels if case.previous is None else data
+        data = data if alone else with_labels
     checks.require_finite(data, f"the preprocessed image of case {case.name!r}")
     extents = data.shape[1:]
     part = middle_of(extents, max_voxels, predictor.configuration_manager.patch_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_norm.errors import ArchitectureError
-from nnunet_norm.receptive_field import EffectiveField, ReceptiveField, measure_effective, trace
+from nnunet_norm.receptive_field import EffectiveField, ReceptiveField, measure_effective, trace_at
 
 AXES = ("x", "y", "z")
 """Spatial axes in the order of the tensor's."""
@@ -69,26 +69,6 @@ class Fields:
         }
 
 
-def theoretical_field(network: nn.Module, extent: Sequence[int], input_channels: int | None = None) -> ReceptiveField:
-    """The theoretical receptive field; for a network that takes one extent only, as far as that shows it.
-
-    Args:
-        network: any module that ``receptive_field.trace`` accepts.
-        extent: one that the network can take.
-        input_channels: None: those of the first convolution.
-
-    Raises:
-        ArchitectureError: see ``receptive_field.trace``.
-    """
-    try:
-        return trace(network, input_channels, len(extent))
-    except ArchitectureError as any_extent:
-        try:
-            return trace(network, input_channels, len(extent), extent=extent)
-        except ArchitectureError as this_extent:
-            raise this_extent from any_extent
-
-
 def receptive_fields(network: nn.Module, inputs: Tensor) -> Fields:
     """Both receptive fields of a network, or why there is none.
 
@@ -101,7 +81,7 @@ def receptive_fields(network: nn.Module, inputs: Tensor) -> Fields:
     effective: EffectiveField | None = None
     why_no_theoretical = why_no_effective = ""
     try:
-        field = theoretical_field(network, extent, inputs.shape[1])
+        field = trace_at(network, extent, inputs.shape[1])
     except ArchitectureError as error:
         why_no_theoretical = str(error)
     try:

@@ -33,6 +33,7 @@ class Findings:
         disparity: mean train/eval disparity; NaN if not measured.
         dice_nnunet: mean Dice of nnU-Net's prediction with the labels; None without labels.
         dice_whole: the same for the whole image.
+        normalizes_tiles: whether the network normalizes its input by the quantiles of every tile.
     """
 
     tile_norms: int | None
@@ -46,6 +47,7 @@ class Findings:
     disparity: float
     dice_nnunet: float | None = None
     dice_whole: float | None = None
+    normalizes_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,16 @@ def _depends_on_tiles(found: Findings) -> str | None:
             f"{share(found.labels_changed)} of the labels differ between nnU-Net's tiles and the whole image"
         )
     where = "" if found.larger_than_patch else " (in images larger than the patch, which none of these is)"
-    return (
-        f"Predictions of this model depend on the tile{where}: {found.norm} normalizes with the statistics of each tile "
-        f"({', '.join(numbers)}). {_instead_of_tiles(found)}"
-    )
+    cause = f"{found.norm} normalizes with the statistics of each tile"
+    if found.normalizes_tiles:
+        cause = "it normalizes every tile by its own quantiles (input_normalization tile_quantile)"
+    return f"Predictions of this model depend on the tile{where}: {cause} ({', '.join(numbers)}). {_instead_of_tiles(found)}"
 
 
 def _instead_of_tiles(found: Findings) -> str:
     """What to do about tiles; the whole image's statistics are not advised where labels say that they are worse."""
+    if found.normalizes_tiles:
+        return "Train with the quantiles of the whole image: nnunet-norm plan --input-normalization image_quantile."
     if not found.in_stages:
         return (
             "This network cannot be run stage by stage, so it cannot have the statistics of the whole image: train "

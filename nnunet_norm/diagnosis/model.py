@@ -145,7 +145,7 @@ class DiagnosedModel:
             images: shapes of the images (x, y, z).
         """
         patch = self.patch_size
-        if self.why_no_tiles is not None:  # a network of one size
+        if self.why_no_tiles is not None or self.halo.field.only_extent is not None:  # a network of one size
             return [patch]
         stride = self.halo.field.stride
         least = [n if s > 1 else p for n, s, p in zip(smallest_patch(stride), stride, patch, strict=True)]
@@ -194,14 +194,17 @@ class DiagnosedModel:
             plan = self.halo.plan(image)
         if isinstance(plan, StagesPlan):
             return plan
-        extents = image.shape[-len(self.halo.field.stride) :]
-        tiles = self.tiles_plan(image, padded_shape(extents, self.halo.field.stride))
+        field = self.halo.field
+        extents = image.shape[-len(field.stride) :]
+        tiles = self.tiles_plan(image, field.only_extent or padded_shape(extents, field.stride))
         return tiles if tiles.decision.exact else tiles.decision.reason
 
     def tiles_plan(
         self, image: Tensor, tile_size: Sequence[int], effective: Sequence[Sequence[int]] | None = None
     ) -> TilesPlan:
         """The halo predictor's tiles of a given size, with the exact halo where it fits and else with a given one.
+
+        Those of a network that takes one extent alone have the halo with which it is predicted.
 
         Args:
             image: preprocessed, (C, x, y, z).
@@ -211,7 +214,8 @@ class DiagnosedModel:
         before = self.halo.tile_size, self.halo.halo
         widest = [n // 4 for n in tile_size]
         sides = widest if effective is None else [min(max(pair), w) for pair, w in zip(effective, widest, strict=True)]
-        self.halo.tile_size, self.halo.halo = tuple(tile_size), "exact"
+        self.halo.tile_size = tuple(tile_size)
+        self.halo.halo = "exact" if self.halo.field.only_extent is None else "auto"
         try:
             try:
                 return self.halo.tiles_plan(image)

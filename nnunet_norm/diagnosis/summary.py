@@ -10,6 +10,7 @@ from nnunet_norm.diagnosis.cases import Chosen
 from nnunet_norm.diagnosis.findings import Findings, verdict_of
 from nnunet_norm.diagnosis.measure import pair_of
 from nnunet_norm.diagnosis.model import DiagnosedModel
+from nnunet_norm.layers.input_normalization import ATTRIBUTE, InputNormalization
 from nnunet_norm.metrics import summarize
 from nnunet_norm.training.disparity import nanmean
 from nnunet_norm.training.reporting import mismatch_as_dict, named, none_for_nan
@@ -42,11 +43,12 @@ def summarized(
     patch = next(row for row in rows if row["tile_size"] == list(model.patch_size))
     known = field["theoretical"] is not None
     layers = field["tile_statistics"]["layers"]
+    norms = [name for name in field["tile_statistics"]["norms"] if name != InputNormalization.__name__]
     larger = any(_larger(case["shape"], model.patch_size) for case in cases)
     mean_disparity = _mean(disparity["per_class"])
     findings = Findings(
         tile_norms=len(layers) if known else None,
-        norm=" and ".join(field["tile_statistics"]["norms"] or model.norms) or NO_NORM,
+        norm=" and ".join(norms or model.norms) or NO_NORM,
         of_tiles=of_tiles,
         of_blocks=of_blocks,
         halo_is_exact=all(case["tiles"].get("exact", True) for case in cases),
@@ -56,6 +58,7 @@ def summarized(
         disparity=math.nan if mean_disparity is None else mean_disparity,
         dice_nnunet=None if patch["dice"] is None else _mean(patch["dice"].values()),
         dice_whole=None if rows[-1]["tile_size"] or rows[-1]["dice"] is None else _mean(rows[-1]["dice"].values()),
+        normalizes_tiles=ATTRIBUTE in layers,
     )
     verdict = verdict_of(findings)
     tiles = next((case["tiles"] for case in cases if case["tiles"]["pairs"]), cases[0]["tiles"])

@@ -1,4 +1,4 @@
-"""Activations that are computed again for the gradient instead of kept, stage by stage of a U-Net."""
+"""Activations that are computed again for the gradient instead of kept, stage by stage of a U-Net or UNETR."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from nnunet_norm.layers.stepping import repeated
 
 
 def checkpoint_stages(network: nn.Module) -> int:
-    """Have the stages of a U-Net recompute their activations in the backward pass, in place.
+    """Have the stages of a U-Net, or the blocks of MONAI's UNETR, recompute their activations in the backward pass, in place.
 
     Outputs, loss and gradients stay the same, for another forward pass per step; dropout draws the same again. Segments are
-    the stem and each stage of the encoder, and each block of a stage of the decoder. Kept are their inputs; while the
+    the stem and each stage of the encoder, and each block of a stage of the decoder; of UNETR each block of the transformer,
+    and each convolutional one. Kept are their inputs; while the
     gradient of a segment is computed, the maps inside it are there, too. In the backward pass the decoder comes first, when
     all of the network is still kept, so its segments are smaller.
 
@@ -27,7 +28,8 @@ def checkpoint_stages(network: nn.Module) -> int:
     :func:`nnunet_norm.layers.one_step`, or the backward pass refuses.
 
     Args:
-        network: With ``encoder.stages`` and ``decoder.stages``, as nnU-Net's networks have; without wrappers.
+        network: With ``encoder.stages`` and ``decoder.stages``, as nnU-Net's networks have, or with a transformer
+            ``vit.blocks`` beside its other blocks; without wrappers.
 
     Returns:
         The number of segments; calling it again changes nothing.
@@ -45,6 +47,9 @@ def checkpoint_stages(network: nn.Module) -> int:
 
 
 def _segments(network: nn.Module) -> list[nn.Module]:
+    transformer = getattr(getattr(network, "vit", None), "blocks", None)
+    if isinstance(transformer, nn.ModuleList):
+        return [*transformer, *(block for name, block in network.named_children() if name not in ("vit", "out"))]
     encoder, decoder = (getattr(network, name, None) for name in ("encoder", "decoder"))
     stages = [getattr(part, "stages", None) for part in (encoder, decoder)]
     if not all(isinstance(part, nn.Sequential | nn.ModuleList) for part in stages):

@@ -19,7 +19,7 @@ def measured_memory(
 ) -> StepMemory:
     """The estimate with its share of the network measured on a GPU, by real steps of this network on noise.
 
-    Forward in half precision, nnU-Net's default loss, backward, and an optimizer step with momentum, with one sample and
+    Forward in half precision, nnU-Net's default loss, backward, and an optimizer step, with one sample and
     with two. Where too little of the GPU is free for that, the estimate stays as it is, and a line says so: whoever else
     uses the GPU is to keep what they have.
 
@@ -54,7 +54,11 @@ def measured_memory(
 def _peak_of_a_step(network: Network, samples: int, device: torch.device, checkpointed: bool) -> int:
     """Most bytes that torch had allocated at a time in a second step, when the optimizer has its momentum."""
     module = network.build(device, deep_supervision=True, checkpointed=checkpointed)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.99, nesterov=True)
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(module.parameters(), lr=1e-6)
+        if network.unetr
+        else torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.99, nesterov=True)
+    )
     image = torch.randn((samples, network.channels, *network.patch), device=device)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats(device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nnunet_norm.architectures import refuse_patch
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.topology import as_text, total_stride
 from nnunet_norm.settings import NormSettings
@@ -165,7 +166,7 @@ def check_configuration(plans: Plans, configuration: str) -> None:
 
     Raises:
         PlansError: a dotted path that leads nowhere, lists that do not have one entry per stage, a patch that the strides
-            do not divide, or a block ``"nnunet_norm"`` that is not valid.
+            or the tokens of a UNETR do not divide, or a block ``"nnunet_norm"`` that is not valid.
     """
     resolved = resolve_configuration(plans, configuration)
     architecture = require_architecture(resolved, configuration)
@@ -184,4 +185,5 @@ def check_configuration(plans: Plans, configuration: str) -> None:
                 f"configuration {configuration}: patch size {as_text(patch)} is not divisible by the total stride "
                 f"{as_text(stride)}; give patch_size, which is then corrected"
             )
-    NormSettings.from_configuration(resolved)
+    if NormSettings.from_configuration(resolved).unetr is not None:
+        refuse_patch(resolved["patch_size"], f"configuration {configuration}")

@@ -29,7 +29,7 @@ from nnunet_norm.planning.configurations import (
 from nnunet_norm.planning.naming import new_name
 from nnunet_norm.planning.options import NAMED_ONLY, OPTIONS, SETTINGS, asked_for
 from nnunet_norm.planning.schedule import scaled_settings
-from nnunet_norm.settings import BLOCK, BatchRenormSettings, NormSettings
+from nnunet_norm.settings import BLOCK, NESTED, BatchRenormSettings, NormSettings, UnetrSettings
 
 LOGGER = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ def derive_plans(
     frozen_share: float | None = None,
     normalization_batch_size: int | None = None,
     domain_statistics: Sequence[str] | None = None,
+    input_normalization: str | None = None,
     batch_renorm: BatchRenormSettings | Mapping[str, Any] | None = None,
+    unetr: UnetrSettings | Mapping[str, Any] | None = None,
 ) -> Plans:
     """Derive new plans; the input is left as it is, and so is every configuration that is not named.
 
@@ -109,7 +111,9 @@ def derive_plans(
         frozen_share: share of the epochs that FrozenBN trains with frozen statistics, at the end.
         normalization_batch_size: samples that GhostBN normalizes together.
         domain_statistics: experimental batches of which BEN keeps running statistics each, by name.
+        input_normalization: whose quantiles normalize the input: ``"image_quantile"`` or ``"tile_quantile"``.
         batch_renorm: the whole schedule, or those of its entries that change.
+        unetr: all sizes of UNETR, or those that change, for trainers with ``_UNETR`` in their names.
 
     Raises:
         PlansError: no such configuration, nothing to change, a value out of range, a patch below the network's minimum, a
@@ -226,8 +230,10 @@ def _fitting_patch(architecture: topology.Architecture, patch: Sequence[int], na
 
 
 def _with_settings(settings: NormSettings, values: dict[str, Any]) -> NormSettings:
-    batch_renorm = values.get("batch_renorm")
-    if isinstance(batch_renorm, Mapping):
-        merged = BatchRenormSettings.from_block({**dataclasses.asdict(settings.batch_renorm), **batch_renorm})
-        values = {**values, "batch_renorm": merged}
+    for nested in NESTED:
+        given = values.get(nested.key)
+        if isinstance(given, Mapping):
+            before = getattr(settings, nested.key)
+            merged = nested.from_block({**(dataclasses.asdict(before) if before is not None else {}), **given})
+            values = {**values, nested.key: merged}
     return dataclasses.replace(settings, **values)

@@ -14,6 +14,9 @@ Plans = dict[str, Any]
 NOT_PLANS = {"dataset", "dataset_fingerprint", "experimental_batches", "splits_final"}
 """The other JSON files of a preprocessed dataset."""
 
+INPUT_QUANTILES = "_input_quantiles"
+"""Ending of those that keep the quantiles of a configuration's cases (``input_normalization``)."""
+
 
 def load_plans(dataset_folder: str | os.PathLike[str], plans_identifier: str) -> Plans:
     """Read ``<plans_identifier>.json`` of a preprocessed dataset.
@@ -32,7 +35,7 @@ def load_plans(dataset_folder: str | os.PathLike[str], plans_identifier: str) ->
     try:
         plans = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        there = sorted(file.stem for file in folder.glob("*.json") if file.stem not in NOT_PLANS)
+        there = sorted(file.stem for file in folder.glob("*.json") if not _is_other(file.stem))
         choice = f"there are {', '.join(there)}" if there else "there are none; run nnUNetv2_plan_experiment first"
         raise PlansError(f"plans {plans_identifier} are not in {folder}; {choice}") from error
     except OSError as error:
@@ -42,6 +45,10 @@ def load_plans(dataset_folder: str | os.PathLike[str], plans_identifier: str) ->
     if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict) or "plans_name" not in plans:
         raise PlansError(f"{path} is not a plans file: it lacks plans_name or configurations")
     return plans
+
+
+def _is_other(stem: str) -> bool:
+    return stem in NOT_PLANS or stem.endswith(INPUT_QUANTILES)
 
 
 def save_plans(plans: Plans, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:

@@ -23,6 +23,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunet_norm.architectures import build_unetr, trains_unetr
 from nnunet_norm.errors import PlansError
 from nnunet_norm.layers import fit_for_steps, one_step
 from nnunet_norm.layers.activation_checkpointing import checkpoint_stages
@@ -30,11 +31,15 @@ from nnunet_norm.living import Living
 from nnunet_norm.planning.configurations import Configuration, Plans, require_architecture, resolve_configuration
 from nnunet_norm.planning.reference import reference_of
 from nnunet_norm.planning.topology import with_features
+from nnunet_norm.settings import NormSettings
 
 GIGABYTE = 2**30
 
 WEIGHT_BYTES = 12 + 2
 """Of one weight: it, its gradient and its momentum in single precision, and autocast's copy of it in half precision."""
+
+SECOND_MOMENT_BYTES = 4
+"""Of one weight, what AdamW keeps on top of that."""
 
 CONTEXT = 0.5
 """GiB of a GPU that CUDA's context and its libraries take before the first tensor."""
@@ -89,6 +94,7 @@ class Network:
         regions: whether labels are regions, each with a logit of its own, and no softmax.
         planner: ``experiment_planner_used`` of the plans.
         name: of the configuration, for messages.
+        unetr: whether it is a UNETR, and not what the plans describe.
     """
 
     resolved: Configuration
@@ -97,19 +103,32 @@ class Network:
     regions: bool
     planner: str
     name: str
+    unetr: bool = False
 
     @classmethod
-    def of(cls, plans: Plans, configuration: str, dataset_json: dict[str, Any]) -> "Network":
-        """The network of a configuration for a dataset."""
+    def of(
+        cls, plans: Plans, configuration: str, dataset_json: dict[str, Any], trainer: str | None = None
+    ) -> "Network":
+        """The network of a configuration for a dataset.
+
+        Args:
+            plans: with the configuration.
+            configuration: its name.
+            dataset_json: the dataset's description.
+            trainer: the name of the trainer; None: what the plans are for, a UNETR if they give its sizes.
+        """
+        resolved = resolve_configuration(plans, configuration)
+        of_plans = NormSettings.from_configuration(resolved).unetr is not None
         manager = PlansManager(copy.deepcopy(plans))
         labels = manager.get_label_manager(dataset_json)
         return cls(
-            resolve_configuration(plans, configuration),
+            resolved,
             determine_num_input_channels(manager, configuration, dataset_json),
             labels.num_segmentation_heads,
             labels.has_regions,
             plans.get("experiment_planner_used", ""),
             configuration,
+            of_plans if trainer is None else trains_unetr(trainer),
         )
 
     @property
@@ -120,6 +139,8 @@ class Network:
     @property
     def base_features(self) -> int | None:
         """Features of the first stage; None where they are not described stage by stage."""
+        if self.unetr:
+            return None
         features = self.resolved["architecture"]["arch_kwargs"].get("features_per_stage")
         return features[0] if isinstance(features, list | tuple) else features
 
@@ -137,21 +158,28 @@ class Network:
         Raises:
             ArchitectureError: it has no stages that could be checkpointed.
         """
-        architecture = require_architecture(self.resolved, self.name)
         with device:
-            network: nn.Module = get_network_from_plans(
-                architecture["network_class_name"],
-                architecture["arch_kwargs"],
-                architecture["_kw_requires_import"],
-                self.channels,
-                self.heads,
-                allow_init=False,
-                # nnU-Net's planners leave this to the network; its trainers ask for it.
-                deep_supervision=True if deep_supervision else None,
-            )
+            network = self._unetr() if self.unetr else self._of_plans(deep_supervision=deep_supervision)
         if checkpointed:
             checkpoint_stages(network)
             fit_for_steps(network)
+        return network
+
+    def _unetr(self) -> nn.Module:
+        return build_unetr(self.resolved, self.channels, self.heads, where=f"configuration {self.name}")
+
+    def _of_plans(self, *, deep_supervision: bool) -> nn.Module:
+        architecture = require_architecture(self.resolved, self.name)
+        network: nn.Module = get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            self.channels,
+            self.heads,
+            allow_init=False,
+            # nnU-Net's planners leave this to the network; its trainers ask for it.
+            deep_supervision=True if deep_supervision else None,
+        )
         return network
 
     def weights(self) -> int:
@@ -186,26 +214,33 @@ def estimated_memory(network: Network, *, checkpointed: bool = False) -> StepMem
         PlansError: the network does not tell its feature maps, or does not run without data.
         ArchitectureError: the network has no stages that could be checkpointed.
     """
-    architecture = network.resolved["architecture"]
-    reference = reference_of(network.planner, architecture["network_class_name"], len(network.patch))
-    planned = reference.estimate(network.feature_map_size())
-    source = "nnU-Net's estimate"
+    planned, source = _planned(network)
     shapes = _output_shapes(network)
     counted = _bytes_of_a_sample(network, checkpointed=checkpointed)
     if checkpointed:
         planned *= counted / _bytes_of_a_sample(network, checkpointed=False)
-        source += ", checkpointing counted"
+        source += ", checkpointing counted" if planned else ""
     waiting, loss = _bytes_without_network(shapes, network.regions)
     # nnU-Net's loader hands over images in single precision.
     image = math.prod(network.patch) * network.channels * torch.float32.itemsize
     return StepMemory(
-        network.weights() * WEIGHT_BYTES / GIGABYTE + CONTEXT,
+        network.weights() * (WEIGHT_BYTES + (SECOND_MOMENT_BYTES if network.unetr else 0)) / GIGABYTE + CONTEXT,
         counted / GIGABYTE,
         (image + waiting) / GIGABYTE,
         (image + loss) / GIGABYTE,
         source,
         planned,
     )
+
+
+def _planned(network: Network) -> tuple[float, str]:
+    """nnU-Net's estimate for each sample in the network, and what the figures rest on; it has none for a UNETR."""
+    if network.unetr:
+        return 0.0, "counted"
+    reference = reference_of(
+        network.planner, network.resolved["architecture"]["network_class_name"], len(network.patch)
+    )
+    return reference.estimate(network.feature_map_size()), "nnU-Net's estimate"
 
 
 def as_outputs(output: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnunet_norm.errors import PlansError
-from nnunet_norm.settings import BatchRenormSettings
+from nnunet_norm.settings import BatchRenormSettings, UnetrSettings
 
 LONGEST_NAME = 120
 """A results folder is named trainer__plans__configuration, and file systems allow 255 bytes."""
@@ -46,7 +46,9 @@ PREFIXES = {
     "frozen_share": "frozen",
     "normalization_batch_size": "nb",
     "domain_statistics": "domains",
+    "input_normalization": "",
     "batch_renorm": "brn-",
+    "unetr": "unetr-",
 }
 """How each option begins in the default name."""
 
@@ -75,7 +77,7 @@ def short(option: str, value: Any) -> str:
     """One option, as it stands in the default name: ``b16``, ``p64x160x160``, ``replan``, ``s4``, ``GroupNorm``."""
     if isinstance(value, bool):
         return SWITCHES[option, value]
-    if isinstance(value, BatchRenormSettings):
+    if isinstance(value, BatchRenormSettings | UnetrSettings):
         value = value.to_block()
     if isinstance(value, Mapping):
         text = "-".join(f"{key}{value[key]}" for key in sorted(value)) or "default"

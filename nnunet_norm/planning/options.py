@@ -7,11 +7,12 @@ from typing import Any
 
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.schedule import LR_SCALINGS
-from nnunet_norm.settings import BatchRenormSettings
+from nnunet_norm.settings import BatchRenormSettings, UnetrSettings
 
 NAMED_ONLY = {
     *("batch_size", "batch_dice", "patch_size", "replan_topology"),
     *("micro_batch_size", "activation_checkpointing", "lr_scaling", "keep_samples"),
+    "unetr",  # its patch is made of whole tokens
 }
 """What is bound to a resolution and to the memory it takes: never carried over to the other stage of a cascade."""
 
@@ -45,7 +46,9 @@ SETTINGS = {
     "frozen_share": "frozen_share",
     "normalization_batch_size": "normalization_batch_size",
     "domain_statistics": "domain_statistics",
+    "input_normalization": "input_normalization",
     "batch_renorm": "batch_renorm",
+    "unetr": "unetr",
 }
 """Options and the entries of the block ``"nnunet_norm"`` that they set."""
 
@@ -64,6 +67,7 @@ KINDS: tuple[tuple[str, Any, str], ...] = (
     ("norm_op_kwargs", Mapping, "keyword arguments with their values"),
     ("domain_statistics", Iterable, "a list of names"),
     ("batch_renorm", (Mapping, BatchRenormSettings), "an object of settings"),
+    ("unetr", (Mapping, UnetrSettings), "an object of settings"),
 )
 """Options that are read as something else than a number, and what they may be."""
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nnunet_norm.architectures import LEARNING_RATE
 from nnunet_norm.planning.configurations import Configuration
 from nnunet_norm.settings import NormSettings
 
@@ -40,14 +41,20 @@ class Schedule:
         return self.batch_size * self.iterations_per_epoch
 
     @classmethod
-    def of(cls, resolved: Configuration) -> "Schedule":
-        """What a resolved configuration says, with nnU-Net's own values where it says nothing."""
+    def of(cls, resolved: Configuration, *, unetr: bool = False) -> "Schedule":
+        """What a resolved configuration says, with nnU-Net's own values where it says nothing; or UNETR's, if it is for that.
+
+        Args:
+            resolved: everything that it inherits included.
+            unetr: that a UNETR is trained; also where it does not give its sizes.
+        """
         settings = NormSettings.from_configuration(resolved)
+        usual = LEARNING_RATE if unetr or settings.unetr is not None else INITIAL_LR
         return cls(
             resolved["batch_size"],
             settings.num_iterations_per_epoch or ITERATIONS_PER_EPOCH,
             settings.num_val_iterations_per_epoch or VAL_ITERATIONS_PER_EPOCH,
-            settings.initial_lr or INITIAL_LR,
+            settings.initial_lr or usual,
             settings.warmup_epochs or 0,
         )
 
@@ -79,7 +86,7 @@ def scaled_settings(resolved: Configuration, asked: dict[str, Any], name: str) -
         asked: see :func:`nnunet_norm.planning.options.asked_for`.
         name: of the configuration, for messages.
     """
-    old = Schedule.of(resolved)
+    old = Schedule.of(resolved, unetr="unetr" in asked)
     settings: dict[str, Any] = {}
     if "lr_scaling" in asked:
         rule = asked["lr_scaling"]

@@ -14,6 +14,7 @@ from typing import Any
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from nnunet_norm.layers import confirm_normalized_images, get_input_normalization
 from nnunet_norm.prediction import checks
 from nnunet_norm.prediction.items import ItemPredictor
 from nnunet_norm.prediction.model_folder import check_model_folder, model_errors, trainers_on_search_path
@@ -59,7 +60,14 @@ class CasePredictor(ItemPredictor):
             # The first fold's weights were loaded; now it shows whether the others fit, not after the first image.
             for weights in (*self.list_of_parameters[1:], self.list_of_parameters[0]):
                 self.bare_network.load_state_dict(weights)
+        confirm_normalized_images(self.bare_network)  # ``preprocessing`` normalizes them
         self._fit_loaded_model()
+
+    @property
+    def input_normalization(self) -> str | None:
+        """Of the model, as its plans have it; None for nnU-Net's own."""
+        found = get_input_normalization(self.bare_network)
+        return None if found is None else found.kind
 
     def _fit_loaded_model(self) -> None:
         """Change what was loaded from a folder into what predicts; here nothing."""

@@ -49,6 +49,22 @@ def find_cases(folder: str, file_ending: str) -> list[list[str]]:
     return list(cases.values())
 
 
+def require_normalized(image: torch.Tensor) -> None:
+    """Refuse an image that cannot have been normalized by its quantiles.
+
+    Raises:
+        InputImageError: it has values below 0 or above 1.
+    """
+    if not image.numel():  # refused by whoever looks at shapes
+        return
+    lowest, highest = (float(found) for found in torch.aminmax(image))
+    if lowest < 0 or highest > 1:
+        raise InputImageError(
+            f"the preprocessed image has values from {lowest:.3g} to {highest:.3g}, and this model takes images normalized "
+            "by their quantiles, 0 to 1 (input_normalization image_quantile): predict files, which are normalized so"
+        )
+
+
 def case_name(case: Sequence[str], file_ending: str) -> str:
     """The case that files belong to: ``case_07`` for ``[".../case_07_0000.nii.gz"]``."""
     return os.path.basename(case[0])[: -len(file_ending) - len("_0000")]

@@ -86,6 +86,8 @@ def population_of(wishes: Wishes, field: ReceptiveField) -> str:
 def _population(wishes: Wishes, field: ReceptiveField) -> str:
     if wishes.population == "batch":
         return "batch"
+    if field.normalizes_tiles:
+        return _population_of_tiles(wishes, field)
     if not field.tile_statistics:
         if wishes.population not in (None, "stored"):
             raise TilingError(
@@ -99,6 +101,22 @@ def _population(wishes: Wishes, field: ReceptiveField) -> str:
             "choose --population image, tile or batch"
         )
     return wishes.population or "image"
+
+
+def _population_of_tiles(wishes: Wishes, field: ReceptiveField) -> str:
+    """Whose statistics the norms of a network use whose input is normalized by the quantiles of every tile."""
+    if wishes.population == "image":
+        raise TilingError(
+            "population 'image' needs the whole image, and this network normalizes every tile by its own quantiles "
+            "(input_normalization tile_quantile): leave --population out, or choose tile"
+        )
+    norms = field.norms_of_tiles
+    if norms and wishes.population == "stored":
+        raise TilingError(
+            f"population 'stored' does not exist for this network: {norms[0]} has no stored statistics; choose --population "
+            "tile or batch"
+        )
+    return "tile" if norms else "stored"
 
 
 def stages_or_reason(wishes: Wishes, population: str, graph: Graph | str, task: Task) -> StagesPlan | str:

@@ -6,12 +6,12 @@ is called only where the theoretical reach does not decide.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nnunet_norm.errors import TilingError
+from nnunet_norm.prediction.tile_axis import Sides, TileAxis, of_tokens
 from nnunet_norm.receptive_field import ReceptiveField
 from nnunet_norm.tiling import padded_shape, plan_tiles, round_up, smallest_tile
 
@@ -20,9 +20,6 @@ HALO_WORDS = ("auto", "exact", "erf")
 
 LARGEST_ENLARGEMENT = 2
 """A tile that the user did not choose may grow to this multiple of the patch, per axis, to make the exact halo fit."""
-
-Sides = tuple[tuple[int, int], ...]
-"""(before, after) per spatial axis, in voxels."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,13 @@ class Decision:
         stride: the network's total stride.
         tile_size: extent of a tile; an image below it is one tile.
         halo: (before, after) that is cut away at tile sides inside the image.
-        source: per axis where the halo comes from: theoretical, effective, given, none needed, or half of the tile where the
-            effective one cannot be measured.
+        source: per axis where the halo comes from: theoretical, effective, given, none needed, two tokens of a transformer,
+            or half of the tile where there is no room for more or the effective one cannot be measured.
         exact: whether the result is that of the whole image in one pass, apart from rounding.
         reason: why it is exact or not.
         statistics: "fixed", or "tile" where a layer normalizes with the statistics of its tile.
         tiles: how many tiles are predicted, over all slices of a stack.
+        population: whose statistics the norms use: "tile", or "stored" for fixed ones.
         measured_error: what a halo that does not suffice did to tiles of this image (``HaloError.as_dict``), if that was
             measured.
     """
@@ -53,11 +51,12 @@ class Decision:
     reason: str
     statistics: str
     tiles: int
+    population: str = "stored"
     measured_error: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The decision for a JSON file, with the name of the execution plan."""
-        return {"plan": "tiles", **asdict(self)}
+        """The decision for a JSON file, with the name of the execution plan, which adds the population."""
+        return {"plan": "tiles", **{key: value for key, value in asdict(self).items() if key != "population"}}
 
     def describe(self) -> str:
         """The decision for the user, in one line."""
@@ -72,41 +71,13 @@ class Decision:
         )
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """What one axis offers, in voxels: padded image, tile to start from, and how large a tile may become."""
-
-    stride: int
-    padded: int
-    tile: int
-    largest: int
-
-    def edge_for(self, total: int, *, keep_half: bool) -> int | None:
-        """Smallest tile edge that holds halos of ``total`` (both sides) and a core, or None.
-
-        The core is at least one stride, with ``keep_half`` at least half of the tile. A tile that holds the whole axis needs
-        no halo.
-        """
-        for edge in sorted({self.tile, 2 * total, self.padded, self.largest}):
-            core = max(edge // 2, self.stride) if keep_half else self.stride
-            if self.tile <= edge <= self.largest and (self.padded <= edge or total + core <= edge):
-                return edge
-        return None
-
-    def cap(self, sides: tuple[int, int]) -> tuple[int, int]:
-        """The sides, scaled down if they must be, so that the core is at least half of the tile."""
-        room = self.tile - max(self.stride, round_up(math.ceil(self.tile / 2), self.stride))
-        total = sum(sides)
-        return sides if total <= room else (sides[0] * room // total, sides[1] * room // total)
-
-
 def tile_shape(
     tile_size: Sequence[int] | None, patch_size: Sequence[int], field: ReceptiveField
 ) -> tuple[tuple[int, ...], str | None]:
     """The tile to start from, a multiple of the total stride, and a line about a correction of what the user gave.
 
     For tile statistics it is at least two strides wide on one axis: the one element at the bottom of the network would
-    have no variance, and InstanceNorm refuses it.
+    have no variance, and InstanceNorm refuses it. A network that takes one extent alone has tiles of that.
 
     Args:
         tile_size: the user's choice, one number for all axes or one per axis; None takes the patch.
@@ -114,11 +85,16 @@ def tile_shape(
         field: the network's receptive field.
 
     Raises:
-        TilingError: a number of axes that is not the network's, or a size below 1.
+        TilingError: a number of axes that is not the network's, a size below 1, or one that the network does not take.
     """
     asked = tuple(patch_size) if tile_size is None else _per_axis("tile size", tile_size, len(field.stride), minimum=1)
+    if field.only_extent not in (None, asked):
+        raise TilingError(
+            f"tile size {by(asked)} does not suit this network, which takes tiles of {by(field.only_extent or ())} alone, "
+            "the patch that it was trained with: leave --tile-size out"
+        )
     tile = padded_shape(asked, field.stride)
-    if field.tile_statistics and tile == field.stride:
+    if field.tile_statistics and tile == field.stride and field.only_extent is None:
         tile = (*tile[:-1], 2 * tile[-1])
     if tile_size is None or tile == asked:
         return tile, None
@@ -129,9 +105,10 @@ def planned_shape(image_shape: Sequence[int], tile: Sequence[int], field: Recept
     """The shape that is cut into tiles: the image's, for tile statistics at least a tile's.
 
     The statistics of tiles are comparable only if all tiles are of one size, that of training. So smaller images are
-    zero-padded to a tile, as in training. With fixed statistics nothing but a multiple of the total stride is needed.
+    zero-padded to a tile, as in training; and for a network that takes one extent alone. Else, with fixed statistics, nothing
+    but a multiple of the total stride is needed.
     """
-    if not field.tile_statistics:
+    if not field.tile_statistics and field.only_extent is None:
         return tuple(image_shape)
     return tuple(max(n, t) for n, t in zip(image_shape, tile, strict=True))
 
@@ -165,14 +142,15 @@ def decide(
         TilingError: a halo that leaves no core of the tile, or an exact one that does not fit or does not exist.
     """
     planned = planned_shape(image_shape, tile, field)
-    growth = 1 if tile_is_given or automatic or field.tile_statistics else LARGEST_ENLARGEMENT
+    stays = tile_is_given or automatic or field.tile_statistics or field.only_extent is not None
+    growth = 1 if stays else LARGEST_ENLARGEMENT
     padded = padded_shape(planned, field.stride)
-    axes = [_Axis(s, p, t, growth * t) for s, p, t in zip(field.stride, padded, tile, strict=True)]
+    axes = [TileAxis(s, p, t, growth * t) for s, p, t in zip(field.stride, padded, tile, strict=True)]
     full = exact_halo(field, mirror_axes)
     if isinstance(halo, str):
         edges, sides, word = _named(halo, axes, field, full, tile_is_given, effective, mirror_axes)
     else:
-        edges, sides, word = _given(given_halo(halo, len(axes)), axes, automatic=automatic)
+        edges, sides, word = _given(given_halo(halo, len(axes)), axes, field, automatic=automatic)
     inner = [axis.padded > edge for axis, edge in zip(axes, edges, strict=True)]
     sides = tuple(pair if needed else (0, 0) for pair, needed in zip(sides, inner, strict=True))
     exact = not any(inner) or (full is not None and _suffices(sides, inner, field, mirror_axes))
@@ -186,6 +164,7 @@ def decide(
         reason=_reason(exact, any(inner), field, full),
         statistics="tile" if field.tile_statistics else "fixed",
         tiles=slices * len(plan_tiles(planned, edges, sides, field.stride)),
+        population="tile" if field.norms_of_tiles else "stored",
     )
 
 
@@ -205,6 +184,11 @@ def given_halo(halo: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 def why_never_exact(field: ReceptiveField) -> str | None:
     """Why no halo makes a tiled prediction that of the whole image; None if a large enough one does."""
+    if field.normalizes_tiles:
+        return (
+            "no halo can make it seamless, because every tile is normalized by its own quantiles (input_normalization "
+            "tile_quantile; with image_quantile the whole image is)"
+        )
     if field.tile_statistics:
         first, *others = field.tile_statistics
         more = f" and {len(others)} more" if others else ""
@@ -226,14 +210,16 @@ Choice = tuple[tuple[int, ...], Sides, str]
 """Tile edges, halo, and where the halo comes from."""
 
 
-def _given(halo: Sequence[int], axes: Sequence[_Axis], *, automatic: bool) -> Choice:
+def _given(halo: Sequence[int], axes: Sequence[TileAxis], field: ReceptiveField, *, automatic: bool) -> Choice:
     edges = []
     for number, (h, axis) in enumerate(zip(halo, axes, strict=True)):
         if 2 * h + axis.stride > axis.largest and not (automatic and axis.padded <= axis.largest):
+            larger = (
+                f" or --tile-size at least {smallest_tile(h, [axis.stride])[0]}" if field.only_extent is None else ""
+            )
             raise TilingError(
                 f"halo {h} leaves no core of a tile of {axis.largest} on axis {number} (total stride {axis.stride}): choose "
-                f"--halo at most {(axis.largest - axis.stride) // 2} or --tile-size at least "
-                f"{smallest_tile(h, [axis.stride])[0]}"
+                f"--halo at most {(axis.largest - axis.stride) // 2}{larger}"
             )
         edge = axis.edge_for(2 * h, keep_half=False)
         assert edge is not None, (h, axis)
@@ -243,7 +229,7 @@ def _given(halo: Sequence[int], axes: Sequence[_Axis], *, automatic: bool) -> Ch
 
 def _named(
     halo: str,
-    axes: Sequence[_Axis],
+    axes: Sequence[TileAxis],
     field: ReceptiveField,
     full: Sides | None,
     tile_is_given: bool,
@@ -264,6 +250,8 @@ def _named(
             raise TilingError(f"halo 'exact' does not fit tiles of {by(tile)}: {_remedy(full, field)}")
     if all(axis.padded <= axis.tile for axis in axes):
         return tile, ((0, 0),) * len(axes), "effective"
+    if halo == "auto" and field.only_extent is not None:
+        return tile, *of_tokens(axes)
     measured = effective()
     sides = ((max(tile),) * 2,) * len(axes) if measured is None else mirrored(measured, mirror_axes)
     if full is not None:

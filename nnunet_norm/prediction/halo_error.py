@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_norm.prediction.halo import Decision, Sides
+from nnunet_norm.prediction.halo import Decision
+from nnunet_norm.prediction.tile_axis import Sides
 from nnunet_norm.receptive_field import ReceptiveField
 from nnunet_norm.tiling import Box, Tile, padded_shape, plan_tiles, relative
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from nnunet_norm.errors import ArchitectureError, TilingError
 from nnunet_norm.prediction.execution import Image, planes, read
-from nnunet_norm.prediction.halo import Sides, planned_shape, tile_shape
-from nnunet_norm.receptive_field import ReceptiveField, effective
+from nnunet_norm.prediction.halo import planned_shape, tile_shape
+from nnunet_norm.prediction.tile_axis import Sides
+from nnunet_norm.receptive_field import ReceptiveField, measure_effective
 from nnunet_norm.tiling import plan_tiles
 
 PROBES = 2
@@ -65,7 +66,7 @@ class MeasuredHalo:
         with torch.inference_mode(False), torch.enable_grad():
             probes = torch.cat([read(*places[i]) for i in chosen])
             try:
-                return effective(network, probes.clone())
+                return measure_effective(network, probes.clone(), stride=field.stride).halo
             except (ArchitectureError, torch.OutOfMemoryError) as error:
                 why = str(error).splitlines()[0]
                 if required:

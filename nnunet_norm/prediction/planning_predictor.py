@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_norm.errors import ArchitectureError, TilingError
 from nnunet_norm.experimental_batches import ExperimentalBatches
+from nnunet_norm.layers import TILE, TILE_WARNING
 from nnunet_norm.prediction.choice import (
     EXECUTIONS,
     Task,
@@ -23,6 +24,7 @@ from nnunet_norm.prediction.choice import (
 )
 from nnunet_norm.prediction.execution import Image
 from nnunet_norm.prediction.folding import fold_model
+from nnunet_norm.prediction.halo import tile_shape
 from nnunet_norm.prediction.stages_plan import StagesPlan
 from nnunet_norm.prediction.tiles_plan import TilesPlan
 from nnunet_norm.prediction.tiling_predictor import TilingPredictor
@@ -87,6 +89,8 @@ class PlanningPredictor(TilingPredictor):
     def _fit_loaded_model(self) -> None:
         """Fold norms with stored statistics into the convolutions before them; those of a batch when it has them."""
         super()._fit_loaded_model()
+        if self.input_normalization == TILE:
+            logger.warning(TILE_WARNING)
         self.folded_norms = self._fold() if self.fold_norms and self.population != "batch" else 0
 
     def _fold(self) -> int:
@@ -144,6 +148,8 @@ class PlanningPredictor(TilingPredictor):
         population = population_of(self._wishes, self.field)
         if self.execution == "stages" or population == "image":
             why_never_stages(self._wishes, population, self.graph)
+        if self.field.only_extent is not None and not isinstance(self.tile_size, str | None):
+            tile_shape(self.tile_size, self.configuration_manager.patch_size, self.field)
         if self.scratch is not None:
             with scratch_folder(self.scratch):
                 pass

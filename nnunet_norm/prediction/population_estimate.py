@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import tempfile
@@ -23,18 +22,19 @@ from nnunet_norm.errors import ArchitectureError, InputImageError, OutputError, 
 from nnunet_norm.layers import find_norms, tracks_statistics
 from nnunet_norm.layers.domains import get_domain_statistics
 from nnunet_norm.prediction.checks import listed, require_finite
-from nnunet_norm.prediction.execution import Image, planes, read
-from nnunet_norm.prediction.halo import by
+from nnunet_norm.prediction.execution import Image, planes
+from nnunet_norm.prediction.halo import by, planned_shape
 from nnunet_norm.prediction.memory import size
 from nnunet_norm.prediction.passes import read_mirrored
+from nnunet_norm.prediction.population_tiles import PopulationTiles
 from nnunet_norm.prediction.populations import Statistics, require_places, statistics_of
 from nnunet_norm.prediction.ways import Way, Wishes, first_way
 from nnunet_norm.prediction.workers import PreprocessedCases, Preprocessing
-from nnunet_norm.receptive_field import trace
+from nnunet_norm.receptive_field import ReceptiveField, trace_at
 from nnunet_norm.stages import Scratch, ScratchOnDisk, scratch_folder
 from nnunet_norm.stages.regions import Region
 from nnunet_norm.statistics import StagedEstimator, blocks_of, estimate_population_statistics
-from nnunet_norm.tiling import Box, padded_shape
+from nnunet_norm.tiling import padded_shape
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,15 @@ class PopulationEstimator:
         self.progress = progress
 
     @cached_property
+    def field(self) -> ReceptiveField:
+        """The network's receptive field, traced once."""
+        return trace_at(self._on_device(), self.patch_size)
+
+    @cached_property
     def staged(self) -> StagedEstimator | str:
         """What runs the network stage by stage, or why nothing can; found once."""
+        if self.field.only_extent is not None:
+            return f"this network takes tiles of {by(self.field.only_extent)} alone"
         try:
             return StagedEstimator(self._on_device())
         except ArchitectureError as error:
@@ -191,9 +198,10 @@ class PopulationEstimator:
             OutputError: there is no room for scratch.
         """
         network = self._on_device()
-        field = trace(network)
+        field = self.field
         single = [plane for image in images for _, plane in planes(image, len(field.stride))]
-        extents = [padded_shape(plane.shape[1:], field.stride) for plane in single]
+        shapes = [planned_shape(plane.shape[1:], self.patch_size, field) for plane in single]
+        extents = [padded_shape(shape, field.stride) for shape in shapes]
         way = self._way(Counter(extents))
         voxels = sum(math.prod(shape) for shape in extents)
         run: Callable[[], None]
@@ -205,10 +213,12 @@ class PopulationEstimator:
                 f"all about {size(way.memory_bytes)} of memory"
             )
         else:
-            tiles = _Tiles(single, self.patch_size, field.stride)
+            tiles = PopulationTiles(single, self.patch_size, field)
             passes = sum(tracks_statistics(norm) for norm in find_norms(network).values())
             how = f"in {len(tiles)} tiles of at most {by(tiles.largest)}, one pass per norm ({passes})"
-            more, run = f"; what is padded at borders of tiles counts; because {way}", self._tiled_run(tiles)
+            counts = "what is padded at borders of tiles counts"
+            counts += "" if field.only_extent is None else ", and what two tiles share counts twice"
+            more, run = f"; {counts}; because {way}", self._tiled_run(tiles)
         folds = f" x {len(self.weights)} folds" if len(self.weights) > 1 else ""
         logger.info(f"statistics of {what}: {voxels:.3g} voxels; {how}{folds}{more}")
         found = []
@@ -256,46 +266,8 @@ class PopulationEstimator:
 
         return run
 
-    def _tiled_run(self, tiles: _Tiles) -> Callable[[], None]:
+    def _tiled_run(self, tiles: PopulationTiles) -> Callable[[], None]:
         return lambda: estimate_population_statistics(self.network, tiles, exact=True, progress=self.progress)
-
-
-class _Tiles:
-    """Batches of one tile each, which together have every voxel of every image once; they can be iterated again."""
-
-    def __init__(self, images: Sequence[Image], patch_size: Sequence[int], stride: Sequence[int]) -> None:
-        self.images = [(plane, divided(plane.shape[1:], patch_size, stride)) for plane in images]
-
-    @property
-    def largest(self) -> tuple[int, ...]:
-        """Extents of the largest tile, per axis."""
-        sides = zip(*(box for _, boxes in self.images for box in boxes), strict=True)
-        return tuple(max(side.stop - side.start for side in axis) for axis in sides)
-
-    def __len__(self) -> int:
-        return sum(len(boxes) for _, boxes in self.images)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for plane, boxes in self.images:
-            for box in boxes:
-                yield read(plane, box)
-
-
-def divided(extents: Sequence[int], tile: Sequence[int], stride: Sequence[int]) -> list[Box]:
-    """Cut an image, padded at its far end to a multiple of the stride, into tiles of about the same size, nothing twice.
-
-    Args:
-        extents: of the image.
-        tile: at most so many voxels per axis; one stride at least.
-        stride: borders of tiles are multiples of it.
-    """
-    axes = []
-    for padded, wanted, step in zip(padded_shape(extents, stride), tile, stride, strict=True):
-        units = padded // step
-        count = -(-units // max(wanted // step, 1))
-        borders = [step * (number * units // count) for number in range(count + 1)]
-        axes.append([slice(start, stop) for start, stop in itertools.pairwise(borders)])
-    return list(itertools.product(*axes))
 
 
 @contextmanager

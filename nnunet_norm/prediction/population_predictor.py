@@ -16,6 +16,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_norm.errors import TilingError
 from nnunet_norm.experimental_batches import ExperimentalBatches, load_experimental_batches
+from nnunet_norm.layers import confirm_normalized_images
 from nnunet_norm.prediction.cases import CasePredictor
 from nnunet_norm.prediction.checks import case_name
 from nnunet_norm.prediction.choice import POPULATIONS
@@ -131,6 +132,7 @@ class PopulationPredictor(CasePredictor):
             trainer_name,
             inference_allowed_mirroring_axes,
         )
+        confirm_normalized_images(self.bare_network)  # an image that is not is refused
         own = network_for(self.bare_network, self.population, in_place=False)
         if own is not self.bare_network:
             self.network = own

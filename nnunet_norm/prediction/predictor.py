@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_norm.errors import TilingError
-from nnunet_norm.prediction.checks import require_finite
+from nnunet_norm.layers import IMAGE
+from nnunet_norm.prediction.checks import require_finite, require_normalized
 from nnunet_norm.prediction.choice import Task
 from nnunet_norm.prediction.continuing import identity_of_model, identity_of_software, pinned_plan, pins_of, threads
 from nnunet_norm.prediction.execution import ExecutionPlan, Folds, Image, Place, Result, Sink, flips
@@ -100,7 +101,7 @@ class HaloPredictor(PlanningPredictor):
             TilingError: see ``plan``; or a tile or block that does not fit into the device's memory.
             OutputError: there is no room for scratch.
         """
-        require_finite(input_image, "the preprocessed image")
+        self._require(input_image)
         self._prepare()
         return self.predict_with(self._announced(self.plan(input_image)), input_image)
 
@@ -114,7 +115,7 @@ class HaloPredictor(PlanningPredictor):
         Raises:
             InputImageError, TilingError, OutputError: see ``predict_sliding_window_return_logits``.
         """
-        require_finite(data, "the preprocessed image")
+        self._require(data)
         self._prepare()
         folds = self._folds(self.list_of_parameters)
         folds.use(0)
@@ -144,7 +145,7 @@ class HaloPredictor(PlanningPredictor):
                 another prediction left.
         """
         if isinstance(image, Tensor):
-            require_finite(image, "the preprocessed image")
+            self._require(image)
         self._prepare()
         folds = self._folds(self.list_of_parameters)
         folds.use(0)
@@ -161,6 +162,12 @@ class HaloPredictor(PlanningPredictor):
         with threads(journal.pins["threads"] if journal is not None else None):
             self.run_plan(plan, image, _Finite(sink), folds, journal)
         empty_cache(self.device)
+
+    def _require(self, image: Tensor) -> None:
+        """Refuse a preprocessed image that is not what the network takes."""
+        require_finite(image, "the preprocessed image")
+        if self.input_normalization == IMAGE:
+            require_normalized(image)
 
     def _streamed_plan(self, task: Task, image: Image, work: Work | None) -> StagesPlan | TilesPlan:
         """The plan; where memory is short, scratch goes to the work folder."""
@@ -205,7 +212,9 @@ class HaloPredictor(PlanningPredictor):
         if self.last_plan is None:
             return None
         folded = {"folded_norms": self.folded_norms} if self.folded_norms else {}
-        return self.last_plan.as_dict() | self.population_record() | folded
+        kind = self.input_normalization
+        inputs = {} if kind is None else {"input_normalization": kind}
+        return self.last_plan.as_dict() | self.population_record() | folded | inputs
 
     def _announced(self, plan: Plan) -> Plan:
         self._say(plan.describe())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 
+from nnunet_norm.architectures import is_unetr
 from nnunet_norm.errors import ExperimentalBatchesError, OutputError, StatisticsError
 from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.planning.naming import check_plans_name
@@ -23,6 +24,12 @@ from nnunet_norm.prediction.population_estimate import Estimate
 from nnunet_norm.prediction.populations import Population, each_case
 from nnunet_norm.prediction.predictor import HaloPredictor
 from nnunet_norm.prediction.stock_model import TOLERANCE, TRAINER, difference_on_noise, planned_norm
+
+UNETR_TRAINER = "nnUNetTrainerNorm_UNETR"
+"""Builds a UNETR with the norm that the plans name."""
+
+NORM_TRAINER = "nnUNetTrainerNorm"
+"""Builds the network of the plans, with the input normalization that their block says."""
 
 OUTDATED = "measured with the statistics before nnunet-norm recalibrate estimated others"
 
@@ -48,7 +55,8 @@ class Recalibration:
     """A trained model, loaded, whose statistics are estimated on other images.
 
     A model whose norms have stored statistics keeps its trainer. One with InstanceNorm becomes a model of nnU-Net's own
-    ``nnUNetTrainer`` with BatchNorm in its plans; affine parameters are kept.
+    ``nnUNetTrainer`` with BatchNorm in its plans, or a UNETR one of ``nnUNetTrainerNorm_UNETR``; affine parameters are kept.
+    Where the plans' block normalizes the input it becomes one of ``nnUNetTrainerNorm``, which reads that block.
 
     Args:
         source: the model's folder.
@@ -110,7 +118,11 @@ class Recalibration:
     @property
     def trainer_name(self) -> str:
         """Of the new model."""
-        return TRAINER if self.predictor.gained_statistics else str(self.predictor.trainer_name)
+        if not self.predictor.gained_statistics:
+            return str(self.predictor.trainer_name)
+        if is_unetr(self.predictor.bare_network):
+            return UNETR_TRAINER
+        return TRAINER if self.predictor.input_normalization is None else NORM_TRAINER
 
     def targets(
         self,

@@ -17,8 +17,9 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from nnunet_norm.architectures import is_unetr
 from nnunet_norm.errors import ArchitectureError, ModelFolderError
-from nnunet_norm.layers import find_norms
+from nnunet_norm.layers import find_norms, get_input_normalization
 from nnunet_norm.layers.domains import get_domain_statistics
 from nnunet_norm.planning.naming import check_plans_name
 from nnunet_norm.prediction.cases import CasePredictor
@@ -142,6 +143,17 @@ def stock_export(
     """
     folds = complete_folds(folder, checkpoint_name) if folds is None else folds
     model = load_model(folder, folds, checkpoint_name, trust_checkpoint=trust_checkpoint)
+    if is_unetr(model.bare_network):
+        raise ModelFolderError(
+            f"the model in {str(folder)!r} is a UNETR, which stock nnU-Net does not build: use it with this package "
+            "(nnUNetv2_export_model_to_zip shares it)"
+        )
+    if model.input_normalization is not None:
+        raise ModelFolderError(
+            f"the model in {str(folder)!r} takes images normalized by quantiles (input_normalization "
+            f"{model.input_normalization}), which stock nnU-Net does not do: use it with this package "
+            "(nnUNetv2_export_model_to_zip shares it)"
+        )
     norm = planned_norm(model, folder)
     _refuse_stock(model, folder, norm)
     old = model.plans_manager.plans_name
@@ -159,7 +171,7 @@ def stock_export(
 def planned_norm(model: CasePredictor, folder: str | Path) -> PlannedNorm:
     """The one norm of all layers, as stock plans name it."""
     norms: dict[str, Any] = find_norms(model.bare_network)
-    known = [*norms.values(), get_domain_statistics(model.bare_network)]
+    known = [*norms.values(), get_domain_statistics(model.bare_network), get_input_normalization(model.bare_network)]
     ours = [m for m in model.bare_network.modules() if _is_of_this_package(m) and m not in known]
     if ours:
         raise ModelFolderError(

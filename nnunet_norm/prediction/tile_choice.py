@@ -16,8 +16,9 @@ import torch
 from nnunetv2.utilities.helpers import empty_cache
 
 from nnunet_norm.errors import TilingError
-from nnunet_norm.prediction.halo import Sides, by
+from nnunet_norm.prediction.halo import by
 from nnunet_norm.prediction.memory import size
+from nnunet_norm.prediction.tile_axis import Sides
 from nnunet_norm.prediction.tile_memory import TileMemory
 from nnunet_norm.tiling import padded_shape, round_up
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from nnunet_norm.errors import TilingError
 from nnunet_norm.prediction.halo import (
     Decision,
-    Sides,
     by,
     decide,
     exact_halo,
@@ -18,6 +17,7 @@ from nnunet_norm.prediction.halo import (
     tile_shape,
     why_never_exact,
 )
+from nnunet_norm.prediction.tile_axis import Sides
 from nnunet_norm.prediction.tile_choice import Budget, Extents, Tiling, cheapest, remedy, require_room, tilings
 from nnunet_norm.receptive_field import ReceptiveField
 from nnunet_norm.tiling import padded_shape

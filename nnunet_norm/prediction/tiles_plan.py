@@ -55,8 +55,7 @@ class TilesPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """See ``Decision.as_dict``; with whose statistics, and why in tiles."""
-        population = "tile" if self.decision.statistics == "tile" else "stored"
-        return self.decision.as_dict() | {"population": population, "why_tiles": self.reason or None}
+        return self.decision.as_dict() | {"population": self.decision.population, "why_tiles": self.reason or None}
 
     def run(
         self,

@@ -23,7 +23,7 @@ from nnunet_norm.prediction.tile_memory import TileMemory, tile_memory
 from nnunet_norm.prediction.tile_planning import AUTO, TileTask, planned
 from nnunet_norm.prediction.tiles_plan import TilesPlan
 from nnunet_norm.prediction.ways import ALLOCATOR_BYTES, ALLOCATOR_SHARE, itemsize_of
-from nnunet_norm.receptive_field import ReceptiveField, trace
+from nnunet_norm.receptive_field import ReceptiveField, trace_at
 from nnunet_norm.tiling import padded_shape
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TilingPredictor(PopulationPredictor):
         """The network's receptive field, traced once per network."""
         network = self.bare_network
         if network not in self._fields:
-            self._fields[network] = trace(network)
+            self._fields[network] = trace_at(network, self.configuration_manager.patch_size)
         return self._fields[network]
 
     @property

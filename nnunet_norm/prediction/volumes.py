@@ -121,6 +121,11 @@ class VolumePrediction:
         if not self.divides:
             return
         field = predictor.field
+        if field.normalizes_tiles:
+            raise TilingError(
+                f"-num_parts {self.options.num_parts} divides a volume, and this network normalizes every tile by its own "
+                "quantiles (input_normalization tile_quantile), which would be other tiles: predict it in one part"
+            )
         if field.tile_statistics:
             raise TilingError(
                 f"-num_parts {self.options.num_parts} divides a volume, and {field.tile_statistics[0]} takes the statistics "

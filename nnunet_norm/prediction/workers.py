@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from numpy.typing import NDArray
 
 from nnunet_norm.errors import InputImageError, SetupError
+from nnunet_norm.inputs import normalize_image, warn_of_constant
+from nnunet_norm.layers import IMAGE
 from nnunet_norm.prediction.checks import check_image, read_image, read_segmentation
+from nnunet_norm.settings import NormSettings
 
 QUEUED_AT_MOST = 2
 """Tasks that wait beside those that run, so that arrays do not pile up in memory (nnU-Net's number)."""
@@ -56,10 +60,17 @@ class Preprocessing:
         data, segmentation, properties = preprocessor.run_case_npy(
             image, stage, properties, self.plans_manager, self.configuration_manager, self.dataset_json
         )
+        data = np.ascontiguousarray(data, dtype=np.float32)
+        if self._input_normalization == IMAGE:
+            warn_of_constant(f"image {os.path.basename(files[0])!r}", normalize_image(data))
         if previous:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(segmentation[0], labels, data.dtype)))
-        return np.ascontiguousarray(data, dtype=np.float32), properties
+        return data, properties
+
+    @property
+    def _input_normalization(self) -> str | None:
+        return NormSettings.from_configuration(self.configuration_manager.configuration).input_normalization
 
 
 class PreprocessedCases:

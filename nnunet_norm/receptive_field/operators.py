@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_norm.layers.input_normalization import ATTRIBUTE
 from nnunet_norm.receptive_field.intervals import (
     Axis,
     Dependence,
@@ -225,6 +226,11 @@ def _tile_statistics(call: Call) -> Dependence:
     return replace(call.source, tile_statistics=tuple(names))
 
 
+def _input_quantiles(call: Call) -> Dependence:
+    """Statistics of the whole tile, taken by the network itself, before any layer."""
+    return replace(call.source, tile_statistics=(*call.source.tile_statistics, ATTRIBUTE))
+
+
 def _batch_norm(call: Call) -> Dependence:
     return _tile_statistics(call) if call.arguments.get("training", True) else call.source
 
@@ -248,6 +254,7 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": _pad,
     "native_group_norm": _tile_statistics,
     "native_layer_norm": _layer_norm,
+    "tile_quantiles": _input_quantiles,
     "_batch_norm_with_update": _tile_statistics,
     "batch_norm_no_update": _source,
     "_native_batch_norm_legit_no_training": _source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_norm.errors import ArchitectureError
+from nnunet_norm.layers.input_normalization import ATTRIBUTE
 from nnunet_norm.receptive_field.intervals import BORDER, Axis, Dependence
 from nnunet_norm.receptive_field.tracer import run_without_data
 
@@ -37,6 +38,8 @@ class ReceptiveField:
         unbounded: name, class and operator of the first layer with unbounded reach (global pooling, attention, corners
             aligned, or an operator that is not known here), else None. If it is set, the reaches leave that layer out
             (0 where nothing else is known) and no halo is exact.
+        only_extent: the one extent that the network takes, as a transformer with a position embedding does; None: any that
+            is a multiple of the stride.
     """
 
     stride: tuple[int, ...]
@@ -44,6 +47,17 @@ class ReceptiveField:
     any_voxel: tuple[tuple[int, int], ...]
     tile_statistics: tuple[str, ...]
     unbounded: str | None
+    only_extent: tuple[int, ...] | None = None
+
+    @property
+    def normalizes_tiles(self) -> bool:
+        """Whether the network normalizes its input by the quantiles of the tile."""
+        return ATTRIBUTE in self.tile_statistics
+
+    @property
+    def norms_of_tiles(self) -> tuple[str, ...]:
+        """Those of ``tile_statistics`` that are layers."""
+        return tuple(name for name in self.tile_statistics if name != ATTRIBUTE)
 
 
 def trace(
@@ -97,11 +111,31 @@ def trace(
                 ) from error
             field = _field(kind, dependence, tuple(tensor.shape[2:]), shape, at_least=extent is not None)
             if field is not None:
-                return field
+                return field if extent is None else replace(field, only_extent=shape)
             if extent is not None:
                 raise ArchitectureError(f"the reach of {kind} exceeds half of {shape}, the one extent that it takes")
             shape = tuple(2 * n for n in shape)
     raise ArchitectureError(f"the reach or total stride of {kind} exceeds {_LONGEST} voxels: choose a halo yourself")
+
+
+def trace_at(network: nn.Module, extent: Sequence[int], input_channels: int | None = None) -> ReceptiveField:
+    """``trace``; for a network that takes one extent only, as far as that shows its reach.
+
+    Args:
+        network: any module that ``trace`` accepts.
+        extent: one that the network can take.
+        input_channels: None: those of the first convolution.
+
+    Raises:
+        ArchitectureError: see ``trace``.
+    """
+    try:
+        return trace(network, input_channels, len(extent))
+    except ArchitectureError as any_extent:
+        try:
+            return trace(network, input_channels, len(extent), extent=extent)
+        except ArchitectureError as this_extent:
+            raise this_extent from any_extent
 
 
 def theoretical(

@@ -37,6 +37,8 @@ def read_verified(network: nn.Module, field: ReceptiveField) -> Graph:
     """
     if field.unbounded is not None:
         raise ArchitectureError(f"{field.unbounded} sees the whole image")
+    if field.normalizes_tiles:
+        raise ArchitectureError("it normalizes every tile by its own quantiles (input_normalization tile_quantile)")
     graph = read_network(network)
     norms = len({id(norm.module) for norm in graph.norms.values()})
     declared = (graph.stride, reach(graph, aligned=True), reach(graph, aligned=False), norms)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from nnunet_norm.architectures import trains_unetr
 from nnunet_norm.errors import ArchitectureError, PlansError, SetupError
 from nnunet_norm.pages import text_table
 from nnunet_norm.planning import resolve_configuration
@@ -50,19 +51,19 @@ def costs(grid: Grid) -> list[Cost]:
     operations of its convolutions, which is rough: small batches and patches use a GPU less well.
     """
     description = read_object(grid.preprocessed / "dataset.json", SetupError, "run nnUNetv2_plan_experiment")
-    estimates: dict[str, tuple[float | None, int | None]] = {}  # several trainers share plans
+    estimates: dict[tuple[str, bool], tuple[float | None, int | None]] = {}  # several trainers share plans
     for point in grid.points:
-        if point.plans_name not in estimates:
-            estimates[point.plans_name] = _estimate(grid, point, description)
+        if _network_of(point) not in estimates:
+            estimates[_network_of(point)] = _estimate(grid, point, description)
     seen = {point.name: _epoch_seconds(grid, point) for point in grid.points}
     rates = [
         flops / seconds
         for point in grid.points
-        if (seconds := seen[point.name]) and (flops := estimates[point.plans_name][1])
+        if (seconds := seen[point.name]) and (flops := estimates[_network_of(point)][1])
     ]
     found = []
     for point in grid.points:
-        gigabytes, flops = estimates[point.plans_name]
+        gigabytes, flops = estimates[_network_of(point)]
         seconds = seen[point.name]
         if seconds is None and flops is not None and rates:
             seconds = flops / median(rates)
@@ -108,9 +109,14 @@ def _total(grid: Grid, found: list[Cost]) -> list[str]:
     return [f"{trainings}, {hours:.3g} hours {where}, without validation"]
 
 
+def _network_of(point: Point) -> tuple[str, bool]:
+    """What tells the networks of points apart."""
+    return point.plans_name, trains_unetr(point.trainer)
+
+
 def _estimate(grid: Grid, point: Point, description: dict[str, Any]) -> tuple[float | None, int | None]:
     """Memory of a GPU and operations of an epoch."""
-    network = Network.of(dict(point.plans), grid.configuration, description)
+    network = Network.of(dict(point.plans), grid.configuration, description, point.trainer)
     samples = shares(network.resolved["batch_size"], grid.processes)[0]
     try:
         return Training(network, samples).gigabytes, epoch_flops(network, grid.processes)

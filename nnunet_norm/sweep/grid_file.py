@@ -33,7 +33,7 @@ TRAINER_AXES = ("norm", "loss", "epochs", "trainer")
 SETTING = "setting"
 """The axis of a recipe that has several settings."""
 
-MAPPINGS = ("batch_renorm", "norm_op_kwargs")
+MAPPINGS = ("batch_renorm", "unetr", "norm_op_kwargs")
 """Options that are mappings themselves."""
 
 PREFIX = "nnUNetTrainer"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunet_norm.architectures import refuse_patch
 from nnunet_norm.errors import GridError, PlansError, SetupError
 from nnunet_norm.planning import load_plans, resolve_configuration, save_plans
 from nnunet_norm.planning.batches import check_shares
@@ -42,6 +43,8 @@ def check_points(grid: Grid) -> list[Point]:
         trainer = trainers[point.trainer]
         if issubclass(trainer, NormTrainer):
             refuse_contradiction(resolved, trainer.norm, point.trainer)
+            if trainer.architecture is not None:
+                refuse_patch(resolved["patch_size"], f"point {point.label}")
         elif not issubclass(trainer, ScaledTrainer):
             _check_stock(grid, point, resolved)
         try:

@@ -1,4 +1,4 @@
-"""Trainer names: ``nnUNetTrainer<Norm>[_<Loss>][_<N>epochs]``, resolved when nnU-Net asks for one."""
+"""Trainer names: ``nnUNetTrainer<Norm>[_UNETR][_<Loss>][_<N>epochs]``, resolved when nnU-Net asks for one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nnunet_norm.architectures import ARCHITECTURES
 from nnunet_norm.errors import TrainerNameError
 from nnunet_norm.training.losses import LOSSES
 
 if TYPE_CHECKING:
     from nnunet_norm.training.trainer import NormTrainer
 
-OPTIONS = {"loss_name": re.compile("|".join(LOSSES)), "epochs": re.compile("([1-9][0-9]*)epochs")}
+OPTIONS = {
+    "architecture": re.compile("|".join(ARCHITECTURES)),
+    "loss_name": re.compile("|".join(LOSSES)),
+    "epochs": re.compile("([1-9][0-9]*)epochs"),
+}
 """What a trainer's name may say behind the norm, in this order: the class attribute that it sets, and how it is written."""
 
 
@@ -65,8 +70,8 @@ def _options(text: str) -> dict[str, str]:
 
 def options_line() -> str:
     """What may stand behind each trainer's name, for people."""
-    losses = ", ".join(f"_{loss}" for loss in LOSSES)
-    return f"_<Loss> ({losses}) and _<N>epochs behind it (such as _{next(iter(LOSSES))}_250epochs)"
+    architectures, losses = (", ".join(f"_{name}" for name in names) for names in (ARCHITECTURES, LOSSES))
+    return f"{architectures}, _<Loss> ({losses}) and _<N>epochs behind it (such as _{next(iter(LOSSES))}_250epochs)"
 
 
 def _other_folders() -> bool:

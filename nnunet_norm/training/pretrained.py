@@ -8,8 +8,9 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnunet_norm.architectures import build_unetr, trains_unetr
 from nnunet_norm.errors import ModelFolderError
 from nnunet_norm.layers import convert_norm, find_norms
 from nnunet_norm.prediction.model_writing import write_checkpoint
@@ -41,7 +42,9 @@ def pretrained_weights(
         check_architecture(model_folder)
     checkpoint = load_checkpoint(path, trust=trust_checkpoint)
     weights: dict[str, Tensor] = dict(checkpoint["network_weights"])
-    expected = _batch_norm_state(Path(model_folder), checkpoint["init_args"]["configuration"])
+    expected = _batch_norm_state(
+        Path(model_folder), checkpoint["init_args"]["configuration"], checkpoint.get("trainer_name", "")
+    )
     for key, (is_of_norm, default) in expected.items():
         if key.endswith("num_batches_tracked") or (is_of_norm and key not in weights):
             weights[key] = default
@@ -53,14 +56,18 @@ def pretrained_weights(
     return weights
 
 
-def _batch_norm_state(model_folder: Path, configuration: str) -> dict[str, tuple[bool, Tensor]]:
-    """Every key of the plans' network with BatchNorm: whether it belongs to a norm, and its initial value."""
+def _batch_norm_state(model_folder: Path, configuration: str, trainer: str) -> dict[str, tuple[bool, Tensor]]:
+    """Every key of the model's network with BatchNorm: whether it belongs to a norm, and its initial value."""
     plans = PlansManager(load_json(str(model_folder / "plans.json")))
     dataset_json = load_json(str(model_folder / "dataset.json"))
     manager = plans.get_configuration(configuration)
     channels = determine_num_input_channels(plans, manager, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
-    network = nnUNetTrainer.build_network_architecture(plans, manager, channels, heads, False)
+    network: nn.Module = (
+        build_unetr(manager.configuration, channels, heads)
+        if trains_unetr(trainer)
+        else nnUNetTrainer.build_network_architecture(plans, manager, channels, heads, False)
+    )
     norms = set(find_norms(convert_norm(network, "batch_norm")).values())
     for norm in norms:
         norm.reset_parameters()  # type: ignore[operator]

@@ -20,7 +20,7 @@ from nnunet_norm.training.disparity import (
 )
 from nnunet_norm.training.distributed import gathered
 from nnunet_norm.training.initial_statistics import InitialStatistics
-from nnunet_norm.training.scaled_trainer import ScaledTrainer
+from nnunet_norm.training.input_trainer import InputTrainer
 from nnunet_norm.training.validation import ValidationPredictor, halo_validation
 
 LARGE_DISPARITY = 0.1
@@ -33,7 +33,7 @@ _REMEDIES = {
 }
 
 
-class NormTrainer(ScaledTrainer):
+class NormTrainer(InputTrainer):
     """nnU-Net's trainer with another norm, and with measurements of what the norm does.
 
     Subclasses name the norm; nothing else. The network is built as the plans say and then has its norms exchanged, so any

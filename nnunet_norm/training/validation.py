@@ -94,7 +94,7 @@ class ValidationPredictor(HaloPredictor):
         scratch goes to the folder of the training.
         """
         if isinstance(self.graph, str):
-            if self.field.tile_statistics and self.population is None:
+            if self.field.norms_of_tiles and self.population is None:
                 self.trainer.print_to_log_file(
                     f"Halo predictor: statistics of tiles, since this network cannot be run stage by stage: {self.graph}"
                 )
@@ -235,6 +235,8 @@ def report_of(
         },
         "tile_mismatch": mismatch_as_dict(names, mismatch),
     }
+    if trainer.settings.input_normalization is not None:
+        report["input_normalization"] = trainer.settings.input_normalization
     if of_tiles.num_pairs:
         report["tile_mismatch_with_tile_statistics"] = mismatch_as_dict(names, of_tiles)
     if trainer.renorms:

@@ -1,5 +1,8 @@
 """nnU-Net's intensity normalization of a volume that is too large for memory, from one streamed pass over it.
 
+The quantiles of ``input_normalization`` take a second pass. They are exact: every one of nnU-Net's schemes keeps the order of
+values, so neighbours of a quantile of the normalized volume are those of the volume, normalized.
+
 nnU-Net crops an image to the smallest box that holds every voxel that is not 0 in some channel, and normalizes what is
 left. Both are gathered here in one pass: a channel's moments are taken over its values other than 0, which all lie in
 that box, and the zeros of the box are added once it is known.
@@ -13,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunet_norm.errors import InputImageError, PlansError
+from nnunet_norm.inputs import interpolated, normalized, ranks_of, warn_of_constant
+from nnunet_norm.layers import IMAGE
+from nnunet_norm.settings import NormSettings
 from nnunet_norm.stages.regions import Region, hull, slices, whole
+from nnunet_norm.volumes.order import OrderStatistics
 from nnunet_norm.volumes.zarr_image import ZarrImage
 
 BLOCK_VALUES = 4 * 2**20
@@ -41,12 +48,16 @@ SCHEMES = (
 class ChannelIntensities:
     """How one channel is normalized: ``(clip(x, lower, upper) - shift) / scale``, in float32 as nnU-Net does it.
 
+    With quantiles, ``clip((that - low) / (high - low), 0, 1)`` follows.
+
     Attributes:
         scheme: its name in the plans.
         shift: what is subtracted.
         scale: what is divided by.
         lower: lower bound; None without clipping.
         upper: upper bound; None without clipping.
+        low: what becomes 0 in the end; None without ``input_normalization``.
+        high: what becomes 1.
     """
 
     scheme: str
@@ -54,6 +65,8 @@ class ChannelIntensities:
     scale: float
     lower: float | None = None
     upper: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     def normalize(self, values: NDArray[np.float32]) -> None:
         """Normalize values in place."""
@@ -61,6 +74,8 @@ class ChannelIntensities:
             np.clip(values, self.lower, self.upper, out=values)
         values -= np.float32(self.shift)
         values /= np.float32(self.scale)
+        if self.low is not None and self.high is not None:
+            values[...] = normalized(values, np.float32(self.low), np.float32(self.high))
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,9 @@ class Intensities:
 def measure_intensities(
     image: ZarrImage, plans_manager: Any, configuration_manager: Any, *, progress: bool = False
 ) -> Intensities:
-    """Read the whole image once, in a fixed order, and find what nnU-Net would crop it to and normalize it by.
+    """Read the whole image in a fixed order, and find what nnU-Net would crop it to and normalize it by.
 
+    Once, or twice for the quantiles of ``input_normalization``.
     Memory is bounded by a few times a block of 16 MiB, or of one chunk where that is larger. Sums are
     in float64, where nnU-Net's are in float32: its own mean and deviation differ from these by its rounding.
 
@@ -106,6 +122,8 @@ def measure_intensities(
     """
     refuse_unknown_normalization(plans_manager, configuration_manager)
     schemes = configuration_manager.normalization_schemes
+    settings = NormSettings.from_configuration(configuration_manager.configuration)
+    orders = [OrderStatistics() for _ in range(image.shape[0])] if settings.input_normalization == IMAGE else []
     moments = [Moments() for _ in range(image.shape[0])]
     box: Region | None = None
     regions = list(blocks(image))
@@ -116,17 +134,33 @@ def measure_intensities(
         box = hull(box, found) if box and found else box or found
         for channel, moment in enumerate(moments):
             moment.add(values[channel][nonzero[channel]])
+        for channel, order in enumerate(orders):
+            order.add(values[channel][nonzero[channel]])
     # nnU-Net leaves an image of zeros alone.
     box = box or whole(image.shape[1:])
     voxels = math.prod(stop - start for start, stop in box)
     properties = plans_manager.foreground_intensity_properties_per_channel
-    return Intensities(
-        box,
-        tuple(
-            _channel(image.name, scheme, moment.with_zeros(voxels), properties.get(str(number), {}), number)
-            for number, (scheme, moment) in enumerate(zip(schemes, moments, strict=True))
-        ),
+    channels = tuple(
+        _channel(image.name, scheme, moment.with_zeros(voxels), properties.get(str(number), {}), number)
+        for number, (scheme, moment) in enumerate(zip(schemes, moments, strict=True))
     )
+    if orders:
+        for order, moment in zip(orders, moments, strict=True):
+            order.choose(ranks_of(voxels), voxels - moment.count)
+        for region in tqdm(regions, desc=f"quantiles of {image.name}", disable=not progress):
+            for order, values in zip(orders, image.read(slices(region)), strict=True):
+                order.refine(values[values != 0])
+        channels = tuple(_with_quantiles(*each, voxels) for each in zip(channels, orders, strict=True))
+        warn_of_constant(f"volume {image.name!r}", [(each.low or 0.0, each.high or 0.0) for each in channels])
+    return Intensities(box, channels)
+
+
+def _with_quantiles(channel: ChannelIntensities, order: OrderStatistics, count: int) -> ChannelIntensities:
+    """A channel with the quantiles of what it is normalized to."""
+    values = order.values()
+    channel.normalize(values)
+    low, high = interpolated(values, count)
+    return replace(channel, low=low, high=high)
 
 
 def refuse_unknown_normalization(plans_manager: Any, configuration_manager: Any) -> None:

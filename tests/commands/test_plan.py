@@ -412,6 +412,21 @@ def test_settings_of_population_statistics_reach_the_plans(folder: Path) -> None
     }
 
 
+@pytest.mark.parametrize("kind", ["image_quantile", "tile_quantile"])
+def test_the_input_normalization_is_in_table_name_and_plans(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Enforces that the choice is seen before anything is written, and that other configurations keep their own."""
+    assert plan("-d", 990, "-c", "2d", "--input-normalization", kind) == 0
+    row = table(capsys.readouterr().out, "2d")["input"]
+    assert row.startswith("quantiles 0.01 and 0.98 of every ")
+    assert row.endswith(f"become 0 and 1 ({kind})")
+    path = folder / f"nnUNetPlans_{kind.replace('_', '')}.json"
+    configurations = json.loads(path.read_text())["configurations"]
+    assert configurations["2d"]["nnunet_norm"] == {"input_normalization": kind}
+    assert "nnunet_norm" not in configurations["3d_fullres"]
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -35,6 +35,16 @@ STORED = replace(INSTANCE, tile_norms=0, norm="BatchRenorm2d", of_tiles=SAME, of
             "InstanceNorm2d normalizes with the statistics of each tile (max dist 8.14, 1 - Dice of two",
         ),
         (INSTANCE, PROBLEM, "tiles up to 0.070, 2.47 % of the labels differ"),
+        (
+            replace(INSTANCE, normalizes_tiles=True),
+            PROBLEM,
+            "it normalizes every tile by its own quantiles (input_norm",
+        ),
+        (
+            replace(INSTANCE, normalizes_tiles=True),
+            PROBLEM,
+            "Train with the quantiles of the whole image: nnunet-norm pl",
+        ),
         (INSTANCE, PROBLEM, "Predict with nnunet-norm predict, which uses the statistics of the whole image, or train"),
         (replace(INSTANCE, dice_nnunet=0.7, dice_whole=0.71), PROBLEM, "whole image (Dice 0.710 instead of 0.700 on"),
         (

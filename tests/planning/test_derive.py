@@ -392,3 +392,16 @@ def test_an_import_error_of_a_norm_is_passed_on(plans: dict, tmp_path: Path, mon
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PlansError, match=r"norm_op 'broken_norms\.Norm' cannot be imported: needs apex"):
         derive_plans(plans, "2d", norm_op="broken_norms.Norm")
+
+
+def test_sizes_of_unetr_stand_in_the_block_and_in_the_name(plans):
+    """Enforces merging with what the plans say, a learning rate scaled from AdamW's, and patches of whole tokens."""
+    first = derive_plans(plans, "3d_fullres", patch_size=[64, 64, 64], num_stages=4, unetr={"num_heads": 6})
+    second = derive_plans(first, "3d_fullres", unetr={"feature_size": 8}, batch_size=4, lr_scaling="linear")
+    block = second["configurations"]["3d_fullres"]["nnunet_norm"]
+    assert block == {"unetr": {"num_heads": 6, "feature_size": 8}, "initial_lr": 2e-4}
+    assert first["plans_name"].endswith("_unetr-numheads6")
+    with pytest.raises(PlansError, match=r"^configuration 3d_fullres: patch size 40x64x64 .*--patch-size 48 64 64$"):
+        derive_plans(first, "3d_fullres", patch_size=[40, 64, 64])
+    with pytest.raises(PlansError, match="unetr is 3; it must be an object of settings"):
+        derive_plans(first, "3d_fullres", unetr=3)

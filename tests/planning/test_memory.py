@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from monai.networks.nets import UNETR
 
 from nnunet_norm.errors import ArchitectureError, PlansError
 from nnunet_norm.living import Living
@@ -251,3 +252,35 @@ def test_a_running_error_of_the_network_is_one_line() -> None:
         pytest.raises(PlansError, match=r"3d_fullres: memory cannot be estimated, .* without data: needs data"),
     ):
         estimated_memory(small)
+
+
+def test_the_memory_of_a_unetr_is_counted_on_its_own_network() -> None:
+    """Enforces MONAI's number of weights with AdamW's state, and no estimate that nnU-Net made for a U-Net of the plans."""
+    sizes = {"feature_size": 4, "hidden_size": 48, "mlp_dim": 96, "num_heads": 3}
+    made = network(**SMALL, unetr=sizes)
+    weights = sum(
+        p.numel() for p in UNETR(1, 3, (32, 32, 32), norm_name=("instance", {"affine": True}), **sizes).parameters()
+    )
+    memory = estimated_memory(made)
+    assert made.weights() == weights
+    assert memory.fixed == pytest.approx((12 + 2 + 4) * weights / GIGABYTE + 0.5)
+    assert (memory.planned, memory.source) == (0, "counted")
+    assert memory.sample > 0
+    assert estimated_memory(made, checkpointed=True).sample < memory.sample
+    assert made.base_features is None
+
+
+def test_a_trainers_name_says_which_network_is_counted() -> None:
+    """Enforces that plans serve both networks: UNETR with _UNETR, also where they give no sizes, and else the U-Net."""
+    sized = derive_plans(stock(), "3d_fullres", **SMALL, unetr={"feature_size": 4})
+    plain = derive_plans(stock(), "3d_fullres", **SMALL)
+    told = {
+        (name, trainer): Network.of(plans, "3d_fullres", DATASET, trainer).unetr
+        for name, plans in (("sized", sized), ("plain", plain))
+        for trainer in (None, "nnUNetTrainerBRN_DiceTopK", "nnUNetTrainerBRN_UNETR_DiceTopK")
+    }
+    assert [key for key, is_unetr in told.items() if is_unetr] == [
+        ("sized", None),
+        ("sized", "nnUNetTrainerBRN_UNETR_DiceTopK"),
+        ("plain", "nnUNetTrainerBRN_UNETR_DiceTopK"),
+    ]

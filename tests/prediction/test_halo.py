@@ -165,3 +165,52 @@ def test_a_tile_that_was_chosen_for_the_image_stays():
     assert (decision.tile_size, decision.halo) == ((176, 64), ((60, 60), (0, 0)))
     assert choose((1000, 60), reach, (96, 64), lambda: ((5, 5),) * 2, automatic=True).halo == ((5, 5), (0, 0))
     assert choose((1000, 60), reach, (96, 64), automatic=True, halo="exact").halo == ((48, 40), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("tile", "halo", "source"),
+    [
+        ((128,), 32, "two tokens"),
+        ((96,), 32, "two tokens"),
+        ((80,), 16, "two tokens, or half of the tile"),
+        ((64,), 16, "two tokens, or half of the tile"),
+        ((48,), 8, "two tokens, or half of the tile"),
+        ((32,), 8, "two tokens, or half of the tile"),
+    ],
+)
+def test_a_transformer_has_a_halo_of_two_tokens_where_a_third_of_the_tile_is_left(tile, halo, source):
+    """32 voxels for UNETR's tokens of 16; in smaller tiles half of them; never exact, and the tile never grows."""
+    transformer = one_extent(tile)
+    decision = choose((1000,), transformer, tile)
+    assert (decision.tile_size, decision.halo, decision.source) == (tile, ((halo, halo),), (source,))
+    assert not decision.exact
+    assert decision.reason == "no halo can make it exact, because attention sees the whole tile"
+
+
+def test_a_network_of_one_extent_takes_no_other_tile():
+    """Also a small image is one tile of that extent, and an explicit halo must fit it."""
+    transformer = one_extent((64, 64))
+    with pytest.raises(TilingError) as refusal:
+        tile_shape((32, 32), (64, 64), transformer)
+    assert str(refusal.value) == (
+        "tile size 32 x 32 does not suit this network, which takes tiles of 64 x 64 alone, the patch that it was trained "
+        "with: leave --tile-size out"
+    )
+    assert tile_shape((64,), (64, 64), transformer) == ((64, 64), None)
+    small = choose((20, 40), transformer, (64, 64))
+    assert (small.tile_size, small.tiles, small.exact) == ((64, 64), 1, True)
+    given = choose((200, 200), transformer, (64, 64), halo=(4, 20))
+    assert given.halo == ((4, 4), (20, 20))
+    with pytest.raises(
+        TilingError, match=r"halo 28 leaves no core of a tile of 64 on axis 0 .*choose --halo at most 24$"
+    ):
+        choose((200, 200), transformer, (64, 64), halo=28)
+    with pytest.raises(TilingError, match=r"halo 'exact' does not exist for this network: .* sees the whole tile"):
+        choose((200, 200), transformer, (64, 64), halo="exact")
+    assert choose((200, 200), transformer, (64, 64), lambda: ((5, 9), (1, 2)), halo="erf").halo == ((5, 9), (1, 2))
+
+
+def one_extent(tile):
+    """The field of a transformer with a position embedding."""
+    sides = ((0, 0),) * len(tile)
+    return ReceptiveField((16,) * len(tile), sides, sides, (), "attention", tile)

@@ -16,7 +16,8 @@ from nnunet_norm.errors import ExperimentalBatchesError, InputImageError, Statis
 from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.layers import convert_norm, find_norms, tracks_statistics
 from nnunet_norm.prediction import HaloPredictor, ways
-from nnunet_norm.prediction.population_estimate import PopulationEstimator, divided, preprocessed_images
+from nnunet_norm.prediction.population_estimate import PopulationEstimator, preprocessed_images
+from nnunet_norm.prediction.population_tiles import divided
 from nnunet_norm.prediction.populations import each_batch, each_case, network_for, the_folder
 from nnunet_norm.prediction.ways import Wishes
 

@@ -52,6 +52,22 @@ def test_every_loss_is_found_with_and_without_a_number_of_epochs(loss):
         assert trainer.__bases__[0].__name__ == f"nnUNetTrainer{norm}"
 
 
+@pytest.mark.parametrize("norm", ["BRN", "PreciseBN", "Norm"])
+def test_norms_are_found_as_a_unetr(norm):
+    """Names that are in checkpoints: the architecture stands right behind the norm, before loss and epochs."""
+    for options, said in (
+        ("", {"loss_name": None, "epochs": None}),
+        ("_DiceTopK", {"loss_name": "DiceTopK", "epochs": None}),
+        ("_DiceFocal_5epochs", {"loss_name": "DiceFocal", "epochs": 5}),
+    ):
+        trainer = recursive_find_trainer_class_by_name(f"nnUNetTrainer{norm}_UNETR{options}")
+        assert {name: getattr(trainer, name) for name in said} == said
+        assert trainer.architecture == "UNETR"
+        assert trainer.norm == recursive_find_trainer_class_by_name(f"nnUNetTrainer{norm}").norm
+    with pytest.raises(TrainerNameError, match=rf"take nnUNetTrainer{norm}_UNETR_DiceTopK$"):
+        recursive_find_trainer_class_by_name(f"nnUNetTrainer{norm}_DiceTopK_UNETR")
+
+
 def test_the_losses_are_these():
     """Names of results folders and in checkpoints: they never change."""
     assert set(LOSSES) == {"DiceFocal", "DiceTopK", "DicePerim"}
@@ -97,13 +113,15 @@ def test_what_each_name_means_never_changes():
         "_dicefocal",
         "_DiceFocal_",
         "_DiceFocal_\u0663epochs",
+        "_UNETR_UNETR",
+        "_unetr",
     ],
 )
 def test_an_unknown_suffix_is_one_line_that_lists_the_choice(suffix):
     with pytest.raises(
         TrainerNameError,
         match=rf"^-tr nnUNetTrainerBRN{suffix}: choose one of nnUNetTrainerBRN, nnUNetTr.*, nnUNetTrainerNorm, "
-        r"with or without _<Loss> \(_DiceFocal, _DiceTopK, _DicePerim\) and _<N>epochs behind it "
+        r"with or without _UNETR, _<Loss> \(_DiceFocal, _DiceTopK, _DicePerim\) and _<N>epochs behind it "
         r"\(such as _DiceFocal_250epochs\)$",
     ):
         recursive_find_trainer_class_by_name(f"nnUNetTrainerBRN{suffix}")
@@ -131,5 +149,7 @@ def test_the_command_lists_every_name_and_what_may_stand_behind_it(capsys):
     cli.main(["trainers"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0].removeprefix("nnUNetTrainer") for line in lines[: len(NORMS)]] == list(NORMS)
-    options = "_<Loss> (_DiceFocal, _DiceTopK, _DicePerim) and _<N>epochs behind it (such as _DiceFocal_250epochs)"
+    options = (
+        "_UNETR, _<Loss> (_DiceFocal, _DiceTopK, _DicePerim) and _<N>epochs behind it (such as _DiceFocal_250epochs)"
+    )
     assert f"Each also with {options}. nnU-Net finds them after" in lines

@@ -12,6 +12,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from zarrs import managers, ome, write_array, write_group
 
 from nnunet_norm.errors import InputImageError, PlansError
+from nnunet_norm.inputs import normalize_image
 from nnunet_norm.volumes import (
     Intensities,
     NormalizedVolume,
@@ -264,3 +265,22 @@ def test_without_spacing_that_of_the_plans_is_taken(tmp_path, caplog):
     image = ZarrImage(levels(tmp_path), channels=1)
     refuse_resampling(image, *managers(SCHEMES[:1], spacing=(1.0, 1.0), reader="NaturalImage2DIO"))
     assert "'v': the model was trained on images without spacing" in caplog.text
+
+
+@pytest.mark.parametrize("border", [True, False])
+def test_quantiles_are_those_of_the_normalized_image(tmp_path, monkeypatch, border):
+    """Enforces the exact quantiles of what nnU-Net's schemes give, from many blocks, and back from the file beside it."""
+    monkeypatch.setattr(intensity, "BLOCK_VALUES", 5 * 8**3)
+    values = five_channels("float32", border=border)
+    plans, configuration = managers(SCHEMES)
+    configuration.configuration["nnunet_norm"] = {"input_normalization": "image_quantile"}
+    expected, _ = by_nnunet(values, plans, configuration)
+    normalize_image(expected)
+    image = ZarrImage(write_array(tmp_path / "a.zarr", values), channels=5)
+    found = measure_intensities(image, plans, configuration)
+    whole = NormalizedVolume(image, found, (0, 1, 2))[:]
+    torch.testing.assert_close(whole, torch.from_numpy(expected), rtol=1e-5, atol=2e-6)
+    assert whole.min() == 0
+    assert whole.max() == 1
+    again = Intensities.from_dict(json.loads(json.dumps(found.as_dict())))
+    assert again == found

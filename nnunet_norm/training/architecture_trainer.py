@@ -1,0 +1,97 @@
+"""Training of networks that are no U-Net of the plans: ``_UNETR`` in a trainer's name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_norm.architectures import LEARNING_RATE, UNETR, build_unetr, refuse_patch
+from nnunet_norm.settings import NormSettings, UnetrSettings
+from nnunet_norm.training.scaled_trainer import ScaledTrainer
+
+HIGH_LEARNING_RATE = 10 * LEARNING_RATE
+"""From here on the plans' learning rate is likely to be one for SGD."""
+
+
+class ArchitectureTrainer(ScaledTrainer):
+    """The scaled trainer with the network that the trainer's name says; without one nothing changes.
+
+    UNETR is trained without deep supervision, which it has no outputs for, and with AdamW at an initial learning rate of
+    1e-4, unless the plans name another; nnU-Net's polynomial schedule and weight decay stay. (nnU-Net's own transformers,
+    Primus, are trained with AdamW and without deep supervision, too.)
+
+    Raises:
+        PlansError: The plans' patch is not made of whole tokens; before anything is written.
+
+    References:
+        Hatamizadeh et al. 2022, arXiv:2103.10504, section 4.2.
+    """
+
+    architecture: ClassVar[str | None] = None
+    """One of :data:`nnunet_norm.architectures.ARCHITECTURES` if the trainer's name says so; None for the plans' own."""
+
+    def set_up(self) -> None:
+        """See ``ScaledTrainer``."""
+        super().set_up()
+        if self.architecture is None:
+            return
+        self.enable_deep_supervision = False
+        if self.settings.initial_lr is None:
+            self.initial_lr = LEARNING_RATE
+
+    def refuse(self, plans: dict[str, Any], configuration: dict[str, Any], settings: NormSettings) -> None:
+        """See ``ScaledTrainer``: a patch that the network cannot take."""
+        super().refuse(plans, configuration, settings)
+        if self.architecture is not None:
+            refuse_patch(configuration["patch_size"], f"-tr {type(self).__name__}")
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network that the trainer's name says, with the norm of the plans; called in training and in inference."""
+        if cls.architecture is None:
+            return super().build_network_architecture(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+        return build_unetr(configuration_manager.configuration, num_input_channels, num_output_channels)
+
+    def initialize(self) -> None:
+        """Build everything, and say what was built."""
+        super().initialize()
+        if self.architecture is None:
+            return
+        sizes = dataclasses.asdict(self.settings.unetr or UnetrSettings())
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        tile = "x".join(map(str, self.configuration_manager.patch_size))
+        self.print_to_log_file(
+            f"{UNETR} for tiles of {tile} alone ({listed}); AdamW with an initial learning rate of {self.initial_lr:g}, no "
+            "deep supervision"
+        )
+        if self.initial_lr >= HIGH_LEARNING_RATE:
+            self.print_to_log_file(
+                f"WARNING: initial_lr of the plans is {self.initial_lr:g}, as for SGD: {UNETR} is trained with AdamW, for "
+                f"which {LEARNING_RATE:g} is usual; leave it out of the plans, or lower it"
+            )
+
+    def configure_optimizers(self) -> tuple[Any, Any]:
+        """nnU-Net's, or AdamW with nnU-Net's schedule."""
+        if self.architecture is None:
+            return super().configure_optimizers()
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """nnU-Net's switch, which networks without deep supervision have not."""
+        if self.architecture is None:
+            super().set_deep_supervision_enabled(enabled)
