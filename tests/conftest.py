@@ -15,6 +15,8 @@ hypothesis.settings.load_profile("patient")
 for _variable in [name for name in os.environ if name.startswith("nnUNet_")]:
     del os.environ[_variable]
 os.environ["MPLBACKEND"] = "Agg"
+# Where it is set, every program that a test starts compiles the whole package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Threads that spin while they wait make two busy processes on two cores more than ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ignored where a shell has begun the tests in the background; what they start would not hear it either.

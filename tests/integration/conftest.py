@@ -13,6 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 import one_node_slurm
+from programs import Programs, is_program
 
 DATA = Path(os.environ.get("NNUNET_NORM_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -26,12 +27,18 @@ def images(name):
 
 HIPPOCAMPUS = {"background": 0, "Anterior": 1, "Posterior": 2}
 
+LIGHT = ("trainers-dir",)
+"""Verbs that import nothing heavy."""
+
 
 class Workspace:
     """nnU-Net's three folders, and its programs with them."""
 
+    begun = set()  # programs that have run once in this session
+
     def __init__(self, root):
         self.root = root
+        self.forked = None
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
         self.env |= {f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}
         self.env |= {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1", "nnUNet_compile": "f", "PYTHONUNBUFFERED": "1"}
@@ -40,12 +47,27 @@ class Workspace:
 
     def run(self, *command, fails=False, **variables):
         """Run a program to its end; its output, or a failure of the test that shows it."""
-        done = subprocess.run(
-            [str(c) for c in command], env=self.env | variables, cwd=self.root, capture_output=True, text=True
-        )
+        done = self._run([str(c) for c in command], variables)
         if (done.returncode != 0) != fails:
             pytest.fail(f"{command} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
         return done
+
+    def _run(self, command, variables):
+        """The first run of a program (or verb of nnunet-norm) is its script's, from the first import; later ones fork."""
+        program = tuple(command[: 2 if command[0] == "nnunet-norm" else 1])
+        again, same = program in self.begun, variables.keys() <= {"nnUNet_n_proc_DA"}  # read when augmentation begins
+        self.begun.add(program)
+        if not (again and same and is_program(command[0])) or program[-1] in LIGHT:
+            return subprocess.run(command, env=self.env | variables, cwd=self.root, capture_output=True, text=True)
+        if self.forked is None or self.forked.env != self.env:
+            self.end()
+            self.forked = Programs(self.env, self.root)
+        return self.forked.run(command, variables)
+
+    def end(self):
+        """End what programs are forked from."""
+        if self.forked is not None:
+            self.forked.end()
 
     def train(self, dataset, configuration, fold, trainer, plans, *options):
         # Without workers the augmentation runs in the training process: nothing to start, and seeds that repeat.
@@ -117,7 +139,9 @@ class Workspace:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("nnunet"))
+    space = Workspace(tmp_path_factory.mktemp("nnunet"))
+    yield space
+    space.end()
 
 
 @pytest.fixture(scope="module")

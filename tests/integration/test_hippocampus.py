@@ -51,15 +51,15 @@ def trained(workspace, planned):
 def predicted(workspace, trained, planned):
     """The test images by the halo predictor with both models, and by nnU-Net's own predictor with BRN."""
     where = {}
-    for key, program, trainer in (
-        ("halo", ["nnunet-norm", "predict"], BRN),
-        ("gaussian", ["nnUNetv2_predict"], BRN),
-        ("gn", ["nnunet-norm", "predict"], GN),
+    for key, program, trainer, workers in (  # with workers once: each imports for seconds
+        ("halo", ["nnunet-norm", "predict"], BRN, 1),
+        ("gaussian", ["nnUNetv2_predict"], BRN, 0),
+        ("gn", ["nnunet-norm", "predict"], GN, 0),
     ):
         where[key] = workspace.root / key
         workspace.run(
             *(*program, "-i", planned / "imagesTs", "-o", where[key], "-d", 4, "-c", "3d_fullres", "-p", "small"),
-            *("-tr", trainer, "-f", 0, 1, "-device", "cpu", "--save_probabilities", "-npp", 1, "-nps", 1),
+            *("-tr", trainer, "-f", 0, 1, "-device", "cpu", "--save_probabilities", "-npp", workers, "-nps", workers),
         )
     return where
 

@@ -46,9 +46,8 @@ def recalibrated(workspace, images, tmp_path):
         assert "all norms in one pass over 3 images or slices" in said
         name = "nnUNetTrainer" if trainer == INSTANCE else trainer
         by_name = ("-d", 904, "-c", "3d_fullres", "-p", "small_recalibrated", "-tr", name)
-        common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu")
-        workspace.run("nnUNetv2_predict", *by_name, *common, "-npp", 1, "-nps", 1, "-o", tmp_path / "by_name")
-        common = (*common, "-npp", 0, "-nps", 0)
+        common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu", "-npp", 0, "-nps", 0)
+        workspace.run("nnUNetv2_predict", *by_name, *common, "-o", tmp_path / "by_name")
         workspace.run("nnunet-norm", "predict", *by_name, *common, "-o", tmp_path / "halo")
         workspace.run("nnunet-norm", "predict", *model, *common, "--population", "batch", "-o", tmp_path / "on_the_fly")
         found = {place: probabilities(tmp_path / place) for place in ("by_name", "halo", "on_the_fly")}
@@ -69,7 +68,7 @@ def test_instance_norm_becomes_a_model_of_nnunets_own(recalibrated):
 def test_nnunet_runs_and_ensembles_a_recalibrated_model(workspace, images, recalibrated, tmp_path):
     """By name and by folder the same, to the last bit, and so on the fly; the predictions are ensembled."""
     new, found = recalibrated(BRN)
-    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu", "-npp", 1, "-nps", 1)
+    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu", "-npp", 0, "-nps", 0)
     workspace.run("nnUNetv2_predict_from_modelfolder", "-m", new, *common, "-o", tmp_path / "by_folder")
     for case, expected in found["by_name"].items():
         assert np.array_equal(probabilities(tmp_path / "by_folder")[case], expected)
