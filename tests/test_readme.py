@@ -1,4 +1,4 @@
-"""The README is a contract: its commands exist, its flags parse, its names resolve, its links lead somewhere."""
+"""The README and the pages of docs/ are a contract: commands exist, flags parse, names resolve, links lead somewhere."""
 
 import argparse
 import dataclasses
@@ -6,11 +6,15 @@ import importlib.metadata
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK
 import yaml
+import zarr
 from nnunetv2.inference import predict_from_raw_data
 
 from nnunet_norm import cli
@@ -21,16 +25,27 @@ from nnunet_norm.trainers import nnunet_norm_trainers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+STOCK_PLANS = ROOT / "tests" / "stock_plans" / "nnUNetPlans.json"
+HOW_TO = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *HOW_TO]
+TOLD = README + "\n".join((ROOT / page).read_text(encoding="utf-8") for page in HOW_TO)
+"""What people copy from, and hold true."""
 
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-CODE_LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TOLD, flags=re.MULTILINE | re.DOTALL)
+
+
+def _verbs(text: str) -> list[str]:
+    return sorted(set(re.findall(r"(?<![\w-])nnunet-norm ([a-z][a-z-]*)", text)))
+
+
+CODE_LINES = [line for block in _blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
 CALLS = [call.strip() for line in CODE_LINES for call in re.findall(r"(?<![\w-])nnunet-norm ([^)&|;#]*)", line)]
-JSON = re.findall(r"^```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-VERBS = sorted(set(re.findall(r"(?<![\w-])nnunet-norm ([a-z][a-z-]*)", README)))
+JSON, YAML = _blocks("json"), _blocks("yaml")
+VERBS = _verbs(TOLD)
 # A model's folder is named trainer__plans__configuration.
-TRAINERS = sorted({name.split("__")[0] for name in re.findall(r"\bnnUNetTrainer[A-Z_]\w*", README)})
-YAML = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+TRAINERS = sorted({name.split("__")[0] for name in re.findall(r"\bnnUNetTrainer[A-Z_]\w*", TOLD)})
 
 
 def _one_line_commands(last_word: str) -> list[str]:
@@ -84,9 +99,9 @@ def test_ci_refuses_a_readme_without_one_test_command(lines: int, tmp_path: Path
 @pytest.mark.parametrize("page", PAGES)
 def test_local_links_lead_somewhere(page: str) -> None:
     """Enforces that every linked file and picture of the repository exists."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
     targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) + re.findall(r"""(?:src|href)=["']([^"'#]+)""", text)
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    missing = [target for target in targets if "://" not in target and not (folder / target).exists()]
     assert not missing
 
 
@@ -99,17 +114,17 @@ def test_paths_of_the_map_exist() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_exist(verb: str) -> None:
-    """Enforces that every ``nnunet-norm <verb>`` that the README names is a command."""
+    """Enforces that every ``nnunet-norm <verb>`` that a page names is a command."""
     assert verb in cli.COMMANDS
 
 
 @pytest.mark.parametrize("verb", cli.COMMANDS)
 def test_every_command_is_in_the_readme(verb: str) -> None:
     """Enforces that no command is left out of the README."""
-    assert verb in VERBS
+    assert verb in _verbs(README)
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", sorted(set(CALLS)))
 def test_calls_parse(call: str) -> None:
     """Enforces that each call of a code block is accepted as it stands: flags known, required ones given, types right."""
     argv = shlex.split(call)
@@ -118,12 +133,12 @@ def test_calls_parse(call: str) -> None:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainer_names_resolve(name: str) -> None:
-    """Enforces that every trainer of the README is an attribute of the module in which nnU-Net looks for it."""
+    """Enforces that every trainer that a page names is an attribute of the module in which nnU-Net looks for it."""
     assert getattr(nnunet_norm_trainers, name).__name__ == name
 
 
 def test_settings_block_is_valid_and_complete() -> None:
-    """Enforces that the README's plans block is read without a refusal and shows every setting that there is."""
+    """Enforces that the plans block of the pages is read without a refusal and shows every setting that there is."""
     block, _ = JSON
     configuration = json.loads(f"{{{block}}}")
     settings = NormSettings.from_configuration(configuration)
@@ -131,23 +146,39 @@ def test_settings_block_is_valid_and_complete() -> None:
 
 
 def test_experimental_batches_are_valid() -> None:
-    """Enforces that the README's file of experimental batches is read without a refusal."""
+    """Enforces that the example of a file of experimental batches is read without a refusal."""
     _, file = JSON
     assert ExperimentalBatches.from_json(json.loads(file)).names == ("plate_1", "plate_2")
 
 
 def test_the_grid_is_valid() -> None:
     """Enforces that the sweep that people copy is one."""
-    (text,) = YAML
-    grid = parse_grid(yaml.safe_load(text), "README.md", name="readme")
+    grid, smallest = (parse_grid(yaml.safe_load(text), "sweeps.md", name="docs") for text in YAML)
     assert sorted(grid.axes) == ["batch_size", "loss", "norm", "patch_size"]
     assert len(grid.exclude) == 1
+    assert smallest.axes == {"norm": ["InstanceNorm", "BRN"]}
+
+
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enforces that the Python of the pages can be copied, one example after the other; what needs a model is imported."""
+    monkeypatch.chdir(tmp_path)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.ones((8, 40, 33), np.float32)), "IMAGE.nii.gz")
+    Path("PREPROCESSED_DATASET").mkdir()
+    shutil.copy(STOCK_PLANS, "PREPROCESSED_DATASET/nnUNetPlans.json")
+    names: dict[str, object] = {}
+    for example in _blocks("python"):
+        lines = [line for line in example.splitlines() if "MODEL_FOLDER" not in example or " import " in line]
+        exec(compile("\n".join(lines), "example", "exec"), names)
+    assert type(list(names["network"])[1]).__name__ == "BatchRenorm2d"
+    assert names["halo"] == ((2, 2), (2, 2))
+    assert zarr.open_array("VOLUME.zarr", mode="r").shape == (8, 40, 33)
+    assert Path("PREPROCESSED_DATASET/nnUNetPlans_b8.json").is_file()
 
 
 def test_programs_of_nnunet_exist() -> None:
-    """Enforces that every ``nnUNetv2_...`` that the README names is a program of the installed nnU-Net."""
+    """Enforces that every ``nnUNetv2_...`` that a page names is a program of the installed nnU-Net."""
     programs = importlib.metadata.entry_points(group="console_scripts").names
-    assert set(re.findall(r"nnUNetv2_\w+", README)) <= set(programs)
+    assert set(re.findall(r"nnUNetv2_\w+", TOLD)) <= set(programs)
 
 
 def test_predict_takes_the_flags_of_nnunet(monkeypatch: pytest.MonkeyPatch) -> None:
