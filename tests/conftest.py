@@ -21,6 +21,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ignored where a shell has begun the tests in the background; what they start would not hear it either.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signal in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_signal, signal.SIG_DFL)
 
 SBATCH = """#!/bin/sh
 # Numbers the jobs, and keeps their scripts and what the environment says of the job that submits.

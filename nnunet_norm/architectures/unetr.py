@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pydoc import locate
 from typing import Any
@@ -27,7 +28,9 @@ _MODULE = "monai.networks.nets.unetr"
 
 def trains_unetr(trainer_name: str) -> bool:
     """Whether a trainer of this package with that name trains a UNETR."""
-    return trainer_name.startswith("nnUNetTrainer") and UNETR in trainer_name.split("_")[1:2]
+    trainer, *options = trainer_name.split("_")
+    norm = trainer.removeprefix("nnUNetTrainer")
+    return norm not in ("", trainer) and options[:1] == [UNETR]
 
 
 def is_unetr(network: nn.Module) -> bool:
@@ -65,8 +68,10 @@ def build_unetr(
     is ``(N, K, *patch_size)``, without deep supervision. Every voxel of the output depends on the whole tile.
 
     Departures: the norms are those of the plans, with their arguments (nnU-Net's InstanceNorm has affine parameters, MONAI's
-    has none); the LayerNorms of the transformer stay. Parameters that no forward pass uses (of cross-attention, which UNETR
-    has not) need no gradients: processes that train together would wait for them.
+    has none); the LayerNorms of the transformer stay. Layers that no forward pass uses, those of cross-attention, are left
+    out: which of them are built depends on MONAI's version, and processes that train together would wait for their gradients.
+    Keys of the last layer, ``out``, have ``seg_layers`` in them, as those of nnU-Net's networks, so that
+    ``-pretrained_weights`` leaves it to the labels.
 
     Args:
         configuration: Of the plans, inheritance resolved; sizes are those of ``nnunet_norm.unetr``.
@@ -94,9 +99,9 @@ def build_unetr(
         spatial_dims=len(patch_size),
         **dataclasses.asdict(settings),
     )
-    for name, parameter in network.named_parameters():
-        if ".norm_cross_attn." in name:
-            parameter.requires_grad_(False)
+    for block in network.vit.blocks:
+        block.cross_attn = block.norm_cross_attn = nn.Identity()
+    network.add_module("out", nn.Sequential(OrderedDict(seg_layers=network.out)))
     return _with_norm_of(configuration, network, where)
 
 

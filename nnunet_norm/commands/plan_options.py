@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields
+from typing import Any
 
 from nnunet_norm.layers import INPUT_NORMALIZATIONS
 from nnunet_norm.planning.schedule import LR_SCALINGS
@@ -75,6 +76,7 @@ def _add_batch_and_network(changes: argparse._ArgumentGroup) -> None:
     changes.add_argument(
         "--unetr",
         type=_size,
+        action=_OnceEach,
         nargs="+",
         metavar="KEY=N",
         help=f"sizes of UNETR (trainers with _UNETR): {', '.join(item.name for item in fields(UnetrSettings))}",
@@ -122,8 +124,30 @@ def _add_norms(changes: argparse._ArgumentGroup) -> None:
         help="running statistics for each experimental batch of the dataset (nnUNetTrainerBEN)",
     )
     changes.add_argument(
-        "--batch-renorm", type=_setting, nargs="+", metavar="KEY=V", help="momentum, r_max, d_max, warmup, ramp, sync"
+        "--batch-renorm",
+        type=_setting,
+        action=_OnceEach,
+        nargs="+",
+        metavar="KEY=V",
+        help="momentum, r_max, d_max, warmup, ramp, sync",
     )
+
+
+class _OnceEach(argparse.Action):
+    """Pairs of key and value, of which no key may be given twice."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        keys = [key for key, _ in values]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise argparse.ArgumentError(self, f"{key} is given {keys.count(key)} times: give it once")
+        setattr(namespace, self.dest, values)
 
 
 def _size(text: str) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 The image is the one that nnU-Net has preprocessed: cropped, resampled and normalized by its own scheme. Quantiles commute
 with whatever is increasing and the same for all voxels, so a z-score changes nothing: what comes out is what the quantiles
 of the image before it give. Where nnU-Net's scheme is more than that, it comes first: a CT's intensities are clipped as the
-plans say, and voxels outside a mask (``use_mask_for_norm``) are 0, among all others.
+plans say, and voxels outside a mask (``use_mask_for_norm``) are 0 before, and counted in the quantiles.
 
 References:
     Buglakova et al. 2025, arXiv:2503.19545, section 3.2.1.

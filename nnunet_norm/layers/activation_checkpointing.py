@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunet_norm.errors import ArchitectureError
+from nnunet_norm.layers.input_normalization import ATTRIBUTE
 from nnunet_norm.layers.stepping import repeated
 
 
@@ -49,7 +50,10 @@ def checkpoint_stages(network: nn.Module) -> int:
 def _segments(network: nn.Module) -> list[nn.Module]:
     transformer = getattr(getattr(network, "vit", None), "blocks", None)
     if isinstance(transformer, nn.ModuleList):
-        return [*transformer, *(block for name, block in network.named_children() if name not in ("vit", "out"))]
+        return [
+            *transformer,
+            *(block for name, block in network.named_children() if name not in ("vit", "out", ATTRIBUTE)),
+        ]
     encoder, decoder = (getattr(network, name, None) for name in ("encoder", "decoder"))
     stages = [getattr(part, "stages", None) for part in (encoder, decoder)]
     if not all(isinstance(part, nn.Sequential | nn.ModuleList) for part in stages):

@@ -9,6 +9,8 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,6 +130,20 @@ def confirm_normalized_images(network: nn.Module) -> None:
     found = get_input_normalization(network)
     if found is not None:
         found.is_normalized = True
+
+
+@contextmanager
+def any_input(network: nn.Module) -> Iterator[None]:
+    """Inside, ``network`` runs on whatever it is given: for those who look at how it computes, and not at what."""
+    found = get_input_normalization(network)
+    if found is None:
+        yield
+        return
+    before, found.is_normalized = found.is_normalized, True
+    try:
+        yield
+    finally:
+        found.is_normalized = before
 
 
 def _normalize_input(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -165,8 +165,8 @@ def check_configuration(plans: Plans, configuration: str) -> None:
     """Refuse a configuration whose network nnU-Net could not build, or would build without some part.
 
     Raises:
-        PlansError: a dotted path that leads nowhere, lists that do not have one entry per stage, a patch that the strides
-            or the tokens of a UNETR do not divide, or a block ``"nnunet_norm"`` that is not valid.
+        PlansError: a dotted path that leads nowhere, lists that do not have one entry per stage, a patch that the strides,
+            or for a UNETR its tokens, do not divide, or a block ``"nnunet_norm"`` that is not valid.
     """
     resolved = resolve_configuration(plans, configuration)
     architecture = require_architecture(resolved, configuration)
@@ -177,13 +177,18 @@ def check_configuration(plans: Plans, configuration: str) -> None:
             raise PlansError(f"configuration {configuration}: _kw_requires_import names {key}, which arch_kwargs lacks")
         if kwargs[key] is not None:
             locate(kwargs[key], key, configuration)
-    if "strides" in kwargs:
-        patch = resolved["patch_size"]
-        stride = total_stride(architecture, len(patch), configuration)
-        if any(size % step for size, step in zip(patch, stride, strict=True)):
-            raise PlansError(
-                f"configuration {configuration}: patch size {as_text(patch)} is not divisible by the total stride "
-                f"{as_text(stride)}; give patch_size, which is then corrected"
-            )
     if NormSettings.from_configuration(resolved).unetr is not None:
         refuse_patch(resolved["patch_size"], f"configuration {configuration}")
+    elif (reason := indivisible(resolved, configuration)) is not None:
+        raise PlansError(f"configuration {configuration}: {reason}; give patch_size, which is then corrected")
+
+
+def indivisible(resolved: Configuration, configuration: str) -> str | None:
+    """That the strides of the plans' network do not divide the patch; None if they do, or there are none."""
+    patch, architecture = resolved["patch_size"], require_architecture(resolved, configuration)
+    if "strides" not in architecture["arch_kwargs"]:
+        return None
+    stride = total_stride(architecture, len(patch), configuration)
+    if all(size % step == 0 for size, step in zip(patch, stride, strict=True)):
+        return None
+    return f"patch size {as_text(patch)} is not divisible by the total stride {as_text(stride)}"

@@ -88,7 +88,7 @@ def derive_plans(
         patch_size: voxels per axis, in the order of the plans (after nnU-Net's transposition). The strides are kept; a
             patch that they do not divide is enlarged to the next multiple of their product, with a warning. The result may
             not be below :func:`~nnunet_norm.planning.topology.smallest_patch` of the strides, after ``num_stages``: fewer
-            stages allow smaller patches.
+            stages allow smaller patches. With ``unetr`` it stays as it is: whole tokens are all that network asks for.
         replan_topology: recompute strides, kernels and all lists per stage as nnU-Net would for this patch.
         num_stages: keep this many of the finest stages.
         base_features: of the first stage; doubled per stage up to the plan's own cap.
@@ -169,7 +169,8 @@ def _changes(resolved: Configuration, name: str, asked: dict[str, Any], is_named
     if architecture != resolved["architecture"]:
         changes["architecture"] = architecture
     if {"patch_size", "replan_topology", "num_stages"} & asked.keys():
-        fitting = _fitting_patch(architecture, patch, name)
+        unetr = "unetr" in asked or NormSettings.from_configuration(resolved).unetr is not None
+        fitting = list(patch) if unetr else _fitting_patch(architecture, patch, name)
         if fitting != list(resolved["patch_size"]):
             changes["patch_size"] = fitting
     settings = {SETTINGS[key]: value for key, value in asked.items() if key in SETTINGS}

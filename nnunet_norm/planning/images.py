@@ -4,9 +4,11 @@ from typing import Any
 
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
+from nnunet_norm.architectures import TOKEN
 from nnunet_norm.errors import PlansError
 from nnunet_norm.planning.configurations import Plans, require_architecture, resolve_configuration
 from nnunet_norm.planning.topology import as_text, divisible_patch, smallest_patch, total_stride
+from nnunet_norm.settings import NormSettings
 
 UNCHANGED = "no_resampling_hack"
 """nnU-Net's name for a resampling that leaves images as they are."""
@@ -43,8 +45,12 @@ def check_patch(plans: Plans, configuration: str, fingerprint: dict[str, Any]) -
     resolved = resolve_configuration(plans, configuration)
     patch = resolved["patch_size"]
     largest = largest_image(plans, configuration, fingerprint)
-    stride = total_stride(require_architecture(resolved, configuration), len(patch), configuration)
-    sensible = tuple(map(max, divisible_patch(largest, stride), smallest_patch(stride)))
+    if NormSettings.from_configuration(resolved).unetr is not None:
+        stride = smallest = (TOKEN,) * len(patch)
+    else:
+        stride = total_stride(require_architecture(resolved, configuration), len(patch), configuration)
+        smallest = smallest_patch(stride)
+    sensible = tuple(map(max, divisible_patch(largest, stride), smallest))
     axes = [axis for axis, (size, most) in enumerate(zip(patch, sensible, strict=True)) if size > most]
     if axes:
         raise PlansError(

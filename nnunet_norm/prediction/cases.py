@@ -65,7 +65,7 @@ class CasePredictor(ItemPredictor):
 
     @property
     def input_normalization(self) -> str | None:
-        """Of the model, as its plans have it; None for nnU-Net's own."""
+        """Of the network, as its trainer has built it; None for nnU-Net's own."""
         found = get_input_normalization(self.bare_network)
         return None if found is None else found.kind
 
@@ -166,7 +166,11 @@ class CasePredictor(ItemPredictor):
     def preprocessing(self) -> Preprocessing:
         """What every case goes through before the network."""
         return Preprocessing(
-            self.plans_manager, self.configuration_manager, self.dataset_json, self.verbose_preprocessing
+            self.plans_manager,
+            self.configuration_manager,
+            self.dataset_json,
+            self.verbose_preprocessing,
+            self.input_normalization,
         )
 
     @contextmanager

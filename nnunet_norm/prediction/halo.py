@@ -192,9 +192,10 @@ def why_never_exact(field: ReceptiveField) -> str | None:
     if field.tile_statistics:
         first, *others = field.tile_statistics
         more = f" and {len(others)} more" if others else ""
+        besides = f"; besides, {field.unbounded} sees the whole tile" if field.unbounded is not None else ""
         return (
             f"no halo can make it seamless, because the statistics of {first}{more} depend on the tile "
-            f"(networks with BatchRenorm or BatchNorm have fixed statistics)"
+            f"(stored ones, which BatchRenorm and BatchNorm have, do not){besides}"
         )
     if field.unbounded is not None:
         return f"no halo can make it exact, because {field.unbounded} sees the whole tile"

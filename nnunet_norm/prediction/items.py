@@ -94,7 +94,8 @@ class ItemPredictor(nnUNetPredictor):
         empty_cache(self.device)
         if failures:
             count = f"{len(failures)} case{'s' * (len(failures) != 1)}"
-            raise InputImageError(f"{count} not predicted (the others are): {'; '.join(failures)}")
+            others = " (the others are)" if returned else ""
+            raise InputImageError(f"{count} not predicted{others}: {'; '.join(failures)}")
         return data_iterator.in_order(returned) if isinstance(data_iterator, PreprocessedGroups) else returned
 
     def _predict(self, item: dict[str, Any], probabilities: bool, workers: Workers) -> Future[Any]:

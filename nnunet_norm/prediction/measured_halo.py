@@ -12,7 +12,7 @@ from nnunet_norm.errors import ArchitectureError, TilingError
 from nnunet_norm.prediction.execution import Image, planes, read
 from nnunet_norm.prediction.halo import planned_shape, tile_shape
 from nnunet_norm.prediction.tile_axis import Sides
-from nnunet_norm.receptive_field import ReceptiveField, measure_effective
+from nnunet_norm.receptive_field import ReceptiveField, effective
 from nnunet_norm.tiling import plan_tiles
 
 PROBES = 2
@@ -66,7 +66,7 @@ class MeasuredHalo:
         with torch.inference_mode(False), torch.enable_grad():
             probes = torch.cat([read(*places[i]) for i in chosen])
             try:
-                return measure_effective(network, probes.clone(), stride=field.stride).halo
+                return effective(network, probes.clone())
             except (ArchitectureError, torch.OutOfMemoryError) as error:
                 why = str(error).splitlines()[0]
                 if required:

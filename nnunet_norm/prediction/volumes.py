@@ -291,7 +291,11 @@ class VolumePrediction:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 return Intensities.from_dict(json.loads(file.read_text(encoding="utf-8")))
             found = measure_intensities(
-                image, predictor.plans_manager, predictor.configuration_manager, progress=predictor.allow_tqdm
+                image,
+                predictor.plans_manager,
+                predictor.configuration_manager,
+                input_normalization=predictor.input_normalization,
+                progress=predictor.allow_tqdm,
             )
             write_json(file, found.as_dict(), indent=None)
         return found

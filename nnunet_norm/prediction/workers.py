@@ -24,7 +24,6 @@ from nnunet_norm.errors import InputImageError, SetupError
 from nnunet_norm.inputs import normalize_image, warn_of_constant
 from nnunet_norm.layers import IMAGE
 from nnunet_norm.prediction.checks import check_image, read_image, read_segmentation
-from nnunet_norm.settings import NormSettings
 
 QUEUED_AT_MOST = 2
 """Tasks that wait beside those that run, so that arrays do not pile up in memory (nnU-Net's number)."""
@@ -32,12 +31,21 @@ QUEUED_AT_MOST = 2
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What every case is preprocessed with."""
+    """What every case is preprocessed with.
+
+    Attributes:
+        plans_manager: nnU-Net's, of the plans.
+        configuration_manager: nnU-Net's, of the configuration.
+        dataset_json: the dataset's description.
+        verbose: of nnU-Net's preprocessor.
+        input_normalization: that of the network, whatever the plans say: a trainer of nnU-Net's own does not read them.
+    """
 
     plans_manager: PlansManager
     configuration_manager: ConfigurationManager
     dataset_json: dict[str, Any]
     verbose: bool
+    input_normalization: str | None = None
 
     def __call__(self, files: Sequence[str], previous: str | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Read, check and preprocess one case as nnU-Net does.
@@ -61,16 +69,12 @@ class Preprocessing:
             image, stage, properties, self.plans_manager, self.configuration_manager, self.dataset_json
         )
         data = np.ascontiguousarray(data, dtype=np.float32)
-        if self._input_normalization == IMAGE:
+        if self.input_normalization == IMAGE:
             warn_of_constant(f"image {os.path.basename(files[0])!r}", normalize_image(data))
         if previous:
             labels = self.plans_manager.get_label_manager(self.dataset_json).foreground_labels
             data = np.vstack((data, convert_labelmap_to_one_hot(segmentation[0], labels, data.dtype)))
         return data, properties
-
-    @property
-    def _input_normalization(self) -> str | None:
-        return NormSettings.from_configuration(self.configuration_manager.configuration).input_normalization
 
 
 class PreprocessedCases:

@@ -13,7 +13,7 @@ from scipy.optimize import curve_fit
 from torch import nn
 
 from nnunet_norm.errors import ArchitectureError
-from nnunet_norm.receptive_field.trace import eval_mode, first_output, trace, unwrapped
+from nnunet_norm.receptive_field.trace import eval_mode, first_output, trace_at, unwrapped
 
 _PHASES = 4  # output voxels per input, spread over one total stride
 _SIGMAS = 3.0  # Buglakova et al. 2025: the halo is three standard deviations of the fitted Gaussian
@@ -92,7 +92,7 @@ def measure_effective(
         raise ArchitectureError(
             f"inputs of shape {tuple(inputs.shape)} are no tiles: give (N, C, *spatial) with N >= 1"
         )
-    stride = trace(network, inputs.shape[1], inputs.ndim - 2).stride if stride is None else stride
+    stride = trace_at(network, inputs.shape[2:], inputs.shape[1]).stride if stride is None else stride
     voxels = _central_voxels(inputs.shape[2:], stride)
     profiles, total = _profiles(network, kind, inputs, voxels)
     return EffectiveField(

@@ -15,7 +15,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.modules.conv import _ConvNd
 
 from nnunet_norm.errors import ArchitectureError
-from nnunet_norm.layers.input_normalization import ATTRIBUTE
+from nnunet_norm.layers.input_normalization import ATTRIBUTE, any_input
 from nnunet_norm.receptive_field.intervals import BORDER, Axis, Dependence
 from nnunet_norm.receptive_field.tracer import run_without_data
 
@@ -94,7 +94,7 @@ def trace(
     channels, axes = _input_layout(network, input_channels, ndim)
     weight = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     shape = (_FIRST_LENGTH,) * axes if extent is None else tuple(extent)
-    with eval_mode(network):
+    with eval_mode(network), any_input(network):
         while extent is not None or max(shape) <= _LONGEST:
             tracer, output, error = run_without_data(network, (1, channels, *shape), weight.dtype, weight.device)
             tensor = first_output(output) if error is None else None

@@ -11,6 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_norm.architectures import LEARNING_RATE, UNETR, build_unetr, refuse_patch
+from nnunet_norm.errors import PlansError
+from nnunet_norm.planning.configurations import indivisible
 from nnunet_norm.settings import NormSettings, UnetrSettings
 from nnunet_norm.training.scaled_trainer import ScaledTrainer
 
@@ -26,7 +28,8 @@ class ArchitectureTrainer(ScaledTrainer):
     Primus, are trained with AdamW and without deep supervision, too.)
 
     Raises:
-        PlansError: The plans' patch is not made of whole tokens; before anything is written.
+        PlansError: The plans' patch is not made of whole tokens, or is made of them alone and the network is to be the U-Net;
+            before anything is written.
 
     References:
         Hatamizadeh et al. 2022, arXiv:2103.10504, section 4.2.
@@ -47,8 +50,14 @@ class ArchitectureTrainer(ScaledTrainer):
     def refuse(self, plans: dict[str, Any], configuration: dict[str, Any], settings: NormSettings) -> None:
         """See ``ScaledTrainer``: a patch that the network cannot take."""
         super().refuse(plans, configuration, settings)
+        name = type(self).__name__
         if self.architecture is not None:
-            refuse_patch(configuration["patch_size"], f"-tr {type(self).__name__}")
+            refuse_patch(configuration["patch_size"], f"-tr {name}")
+        elif settings.unetr is not None and (reason := indivisible(configuration, name)) is not None:
+            raise PlansError(
+                f"-tr {name}: {reason} of the plans' U-Net: put _{UNETR}, which the plans are for, behind the norm of the "
+                "trainer's name"
+            )
 
     @classmethod
     def build_network_architecture(
@@ -70,6 +79,11 @@ class ArchitectureTrainer(ScaledTrainer):
         """Build everything, and say what was built."""
         super().initialize()
         if self.architecture is None:
+            if self.settings.unetr is not None:
+                self.print_to_log_file(
+                    f"WARNING: the plans are for a {UNETR}, and {type(self).__name__} trains their U-Net, with an initial "
+                    f"learning rate of {self.initial_lr:g}: put _{UNETR} behind the norm of the trainer's name"
+                )
             return
         sizes = dataclasses.asdict(self.settings.unetr or UnetrSettings())
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -56,6 +56,12 @@ class InputTrainer(ArchitectureTrainer):
                 dataset.find_quantiles()
         return datasets
 
+    def get_training_transforms(self, *args: Any, use_mask_for_norm: list[bool] | None = None, **kwargs: Any) -> Any:
+        """nnU-Net's augmentation; it sets what lies outside a mask to 0, which is no 0 any more in a normalized image."""
+        if self.settings.input_normalization == IMAGE:
+            use_mask_for_norm = None
+        return super().get_training_transforms(*args, use_mask_for_norm=use_mask_for_norm, **kwargs)
+
     def on_train_start(self) -> None:
         """Say how the input is normalized."""
         super().on_train_start()

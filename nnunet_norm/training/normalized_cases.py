@@ -84,13 +84,15 @@ class NormalizedCases(nnUNetBaseDataset):
     def find_quantiles(self) -> None:
         """Find the quantiles of all cases before loaders' processes start; of several processes each does a share."""
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        before = set(self._known())
-        missing = [case for case in self.identifiers if case not in before]
+        self.known = gathered(self._known())[
+            0
+        ]  # the file may grow while processes read it, and they share what it lacks
+        missing = [case for case in self.identifiers if case not in self.known]
         mine = {case: self._of(case) for case in self._shown(missing[rank::processes])}
         for found in gathered(mine):
-            self._known().update(found)
+            self.known.update(found)
         if missing and rank == 0:
-            self._stored.add({case: self._known()[case] for case in missing})
+            self._stored.add({case: self.known[case] for case in missing})
 
     @staticmethod
     def _shown(cases: Iterable[str]) -> Iterable[str]:

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from nnunet_norm.errors import InputImageError, PlansError
 from nnunet_norm.inputs import interpolated, normalized, ranks_of, warn_of_constant
 from nnunet_norm.layers import IMAGE
-from nnunet_norm.settings import NormSettings
 from nnunet_norm.stages.regions import Region, hull, slices, whole
 from nnunet_norm.volumes.order import OrderStatistics
 from nnunet_norm.volumes.zarr_image import ZarrImage
@@ -102,7 +101,12 @@ class Intensities:
 
 
 def measure_intensities(
-    image: ZarrImage, plans_manager: Any, configuration_manager: Any, *, progress: bool = False
+    image: ZarrImage,
+    plans_manager: Any,
+    configuration_manager: Any,
+    *,
+    input_normalization: str | None = None,
+    progress: bool = False,
 ) -> Intensities:
     """Read the whole image in a fixed order, and find what nnU-Net would crop it to and normalize it by.
 
@@ -114,6 +118,7 @@ def measure_intensities(
         image: the image.
         plans_manager: nnU-Net's, of the plans.
         configuration_manager: nnU-Net's, of the configuration.
+        input_normalization: that of the network.
         progress: show a bar.
 
     Raises:
@@ -122,8 +127,7 @@ def measure_intensities(
     """
     refuse_unknown_normalization(plans_manager, configuration_manager)
     schemes = configuration_manager.normalization_schemes
-    settings = NormSettings.from_configuration(configuration_manager.configuration)
-    orders = [OrderStatistics() for _ in range(image.shape[0])] if settings.input_normalization == IMAGE else []
+    orders = [OrderStatistics() for _ in range(image.shape[0])] if input_normalization == IMAGE else []
     moments = [Moments() for _ in range(image.shape[0])]
     box: Region | None = None
     regions = list(blocks(image))

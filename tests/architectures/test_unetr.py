@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from monai.networks.blocks import CrossAttentionBlock, TransformerBlock
 from monai.networks.nets import UNETR
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from torch import nn
 
 from nnunet_norm.architectures import build_unetr, is_unetr, refuse_patch, trains_unetr
 from nnunet_norm.errors import PlansError
-from nnunet_norm.layers import NORMS, convert_norm, find_norms
+from nnunet_norm.layers import NORMS, checkpoint_stages, convert_norm, find_norms, set_input_normalization
 from nnunet_norm.receptive_field import trace_at
 
 SIZES = {"feature_size": 2, "hidden_size": 12, "mlp_dim": 16, "num_heads": 3}
@@ -29,12 +31,15 @@ def configuration(patch, norm="InstanceNorm", **kwargs):
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_it_is_monais_network(patch):
-    """Equality with MONAI's own class, for the same weights, in 2d and 3d."""
+    """Equality with MONAI's own class, for the same weights, in 2d and 3d; what is left out is not used."""
     torch.manual_seed(0)
     ours = build_unetr(configuration(patch), 2, 3).eval()
     affine = ("instance", {"affine": True})
     theirs = UNETR(2, 3, patch, spatial_dims=len(patch), norm_name=affine, **SIZES).eval()
-    theirs.load_state_dict(ours.state_dict())
+    weights = {key.replace("out.seg_layers.", "out."): value for key, value in ours.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert {key.split(".")[3] for key in missing} == {"norm_cross_attn"}
     image = torch.randn((2, 2, *patch))
     with torch.inference_mode():
         assert torch.equal(ours(image), theirs(image))
@@ -73,8 +78,42 @@ def test_every_parameter_that_wants_a_gradient_gets_one():
     """Processes that train together wait for the gradient of every such parameter."""
     network = build_unetr(configuration((32, 32)), 1, 2)
     network(torch.randn(2, 1, 32, 32)).square().mean().backward()
-    assert not [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert not [name for name, p in network.named_parameters() if p.grad is None]
     assert sum(p.requires_grad for p in network.parameters()) > 100
+
+
+def test_keys_do_not_depend_on_monais_version(monkeypatch):
+    """MONAI 1.4 builds every block with a cross-attention that nothing runs: later ones do not."""
+    before = build_unetr(configuration((16, 16)), 1, 2).state_dict()
+
+    class Block(TransformerBlock):
+        def __init__(self, hidden_size, mlp_dim, num_heads, *args, **kwargs):
+            super().__init__(hidden_size, mlp_dim, num_heads, *args, **kwargs)
+            self.cross_attn = CrossAttentionBlock(hidden_size=hidden_size, num_heads=num_heads)
+
+    monkeypatch.setattr("monai.networks.nets.vit.TransformerBlock", Block)
+    assert any("cross_attn.to_q" in key for key in UNETR(1, 2, (16, 16), spatial_dims=2, **SIZES).state_dict())
+    assert build_unetr(configuration((16, 16)), 1, 2).state_dict().keys() == before.keys()
+    assert not [key for key in before if "cross_attn" in key]
+
+
+def test_weights_start_a_training_with_other_labels(tmp_path):
+    """nnU-Net's own loader leaves the last layer out and asks for all others."""
+    model, other = (build_unetr(configuration((16, 16)), 1, labels) for labels in (2, 5))
+    torch.save({"network_weights": model.state_dict()}, tmp_path / "weights.pth")
+    head = {key: value.clone() for key, value in other.state_dict().items() if key.startswith("out.")}
+    load_pretrained_weights(other, str(tmp_path / "weights.pth"))
+    given, found = model.state_dict(), other.state_dict()
+    assert all(torch.equal(found[key], head.get(key, given[key])) for key in found)
+    assert list(head) == ["out.seg_layers.conv.conv.weight", "out.seg_layers.conv.conv.bias"]
+
+
+def test_every_segment_that_is_computed_again_has_something_to_compute():
+    """Twelve blocks of the transformer and eight of convolutions, with and without an input normalization."""
+    network = build_unetr(configuration((32, 32)), 1, 2)
+    assert checkpoint_stages(network) == 20
+    set_input_normalization(network, "tile_quantile", 1)
+    assert checkpoint_stages(network) == 20
 
 
 def test_a_patch_that_is_not_made_of_tokens_is_refused_with_one_that_is():
@@ -100,5 +139,7 @@ def test_its_field_is_unbounded_and_that_of_one_extent(patch):
 def test_trainers_are_told_by_their_names():
     """The word right behind the norm, and not one that contains it."""
     assert trains_unetr("nnUNetTrainerBRN_UNETR_DiceTopK_5epochs")
-    assert not any(trains_unetr(f"nnUNetTrainer{name}") for name in ("BRN", "BRN_5epochs", "BRN_UNETRv2", "UNETR", ""))
+    others = ("BRN", "BRN_5epochs", "BRN_UNETRv2", "UNETR", "_UNETR", "_UNETR_5epochs", "")
+    assert not any(trains_unetr(f"nnUNetTrainer{name}") for name in others)
+    assert not trains_unetr("MyTrainer_UNETR")
     assert not is_unetr(nn.Identity())

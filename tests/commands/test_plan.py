@@ -150,6 +150,18 @@ def test_a_malformed_setting_is_refused_by_the_parser(capsys: pytest.CaptureFixt
     assert "'r_max' is not KEY=NUMBER" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "values"), [("--batch-renorm", "r_max=2 r_max=3"), ("--unetr", "num_heads=3 num_heads=4")]
+)
+def test_a_setting_that_is_given_twice_is_refused_by_the_parser(
+    flag: str, values: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforces that of two values for one key none is silently the one that holds."""
+    with pytest.raises(SystemExit, match="2"):
+        plan("-d", 990, "-c", "2d", flag, *values.split())
+    assert f"argument {flag}: {values.split('=')[0]} is given 2 times" in capsys.readouterr().err
+
+
 def table(printed: str, configuration: str) -> dict[str, str]:
     """What the table says about a configuration."""
     lines = printed.splitlines()

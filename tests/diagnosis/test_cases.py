@@ -93,3 +93,24 @@ def test_the_whole_image_is_one_pass(model):
     with torch.no_grad():
         expected = model.network(image[None])[0]
     torch.testing.assert_close(model.halo.predict_with(plan, image), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerNorm", "nnUNetTrainer"])
+def test_labels_change_nothing_about_the_image(tmp_path, trainer):
+    """With labels, too, the network sees quantiles where its trainer has normalized by them, and z-scores elsewhere."""
+    folder = write_model(tmp_path / "model", trainer=trainer)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["nnunet_norm"] = {"input_normalization": "image_quantile"}
+    (folder / "plans.json").write_text(json.dumps(plans))
+    write_image(tmp_path / "images", "a_0000", shape=(6, 7, 8))
+    (tmp_path / "labels").mkdir()
+    labels = SimpleITK.GetImageFromArray(np.ones((6, 7, 8), np.uint8))
+    SimpleITK.WriteImage(labels, str(tmp_path / "labels" / "a.nii.gz"))
+    predictor = DiagnosedModel(folder, device=torch.device("cpu")).nnunet
+    with_labels, without = (
+        load(predictor, cases_of_folder(predictor, str(tmp_path / "images"), given, 1).cases[0], 10**6)
+        for given in (str(tmp_path / "labels"), None)
+    )
+    assert with_labels.reference.unique().tolist() == [1]
+    assert torch.equal(with_labels.image, without.image)
+    assert (with_labels.image.min() >= 0) == (trainer == "nnUNetTrainerNorm")

@@ -68,7 +68,7 @@ def test_instance_norm_becomes_a_model_of_nnunets_own(recalibrated):
 def test_nnunet_runs_and_ensembles_a_recalibrated_model(workspace, images, recalibrated, tmp_path):
     """By name and by folder the same, to the last bit, and so on the fly; the predictions are ensembled."""
     new, found = recalibrated(BRN)
-    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu", "-npp", 0, "-nps", 0)
+    common = ("-i", images, "-f", 0, "--save_probabilities", "-device", "cpu", "-npp", 1, "-nps", 1)
     workspace.run("nnUNetv2_predict_from_modelfolder", "-m", new, *common, "-o", tmp_path / "by_folder")
     for case, expected in found["by_name"].items():
         assert np.array_equal(probabilities(tmp_path / "by_folder")[case], expected)

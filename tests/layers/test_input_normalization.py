@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnunet_norm.errors import ArchitectureError, InputImageError
 from nnunet_norm.layers import confirm_normalized_images, get_input_normalization, set_input_normalization
-from nnunet_norm.receptive_field import trace
+from nnunet_norm.receptive_field import theoretical, trace
 from nnunet_norm.stages import read_verified
 
 
@@ -132,3 +132,12 @@ def test_whoever_follows_the_network_sees_the_whole_tile() -> None:
     confirm_normalized_images(images)
     assert trace(images) == trace(network(None))
     read_verified(images, trace(images))
+
+
+def test_what_looks_at_the_network_alone_needs_no_normalized_image() -> None:
+    """Enforces the reach of the plain network before anybody has confirmed images, which stay refused afterwards."""
+    made = network("image_quantile")
+    assert theoretical(made) == theoretical(network(None)) == ((1, 1), (1, 1))
+    assert trace(made) == trace(network(None))
+    with pytest.raises(InputImageError, match=r"predict with nnunet-norm predict$"):
+        made(tiles(1, 3, 8, 8))

@@ -320,6 +320,7 @@ def test_compiled_steps_are_the_eager_ones(backend):
         layers = [(nn.Conv2d(3, 3, 1, bias=False), norm, nn.LeakyReLU()) for norm in COMPILED[backend]()]
         return nn.Sequential(*itertools.chain(*layers))
 
+    torch._dynamo.reset()
     eager, bare = network(), network()
     compiled = torch.compile(bare, backend=backend)
     for step in range(3):

@@ -405,3 +405,12 @@ def test_sizes_of_unetr_stand_in_the_block_and_in_the_name(plans):
         derive_plans(first, "3d_fullres", patch_size=[40, 64, 64])
     with pytest.raises(PlansError, match="unetr is 3; it must be an object of settings"):
         derive_plans(first, "3d_fullres", unetr=3)
+
+
+def test_a_patch_for_unetr_is_not_fitted_to_the_u_net_of_the_plans(plans, caplog):
+    """Enforces three tokens where the strides of six stages would make 64 of 48, now and when such plans are derived from."""
+    first = derive_plans(plans, "3d_fullres", patch_size=[48, 48, 16], unetr={"num_heads": 6})
+    assert first["configurations"]["3d_fullres"]["patch_size"] == [48, 48, 16]
+    second = derive_plans(first, "3d_fullres", patch_size=[16, 48, 48])
+    assert second["configurations"]["3d_fullres"]["patch_size"] == [16, 48, 48]
+    assert "enlarged" not in caplog.text

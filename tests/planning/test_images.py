@@ -43,3 +43,14 @@ def test_a_patch_may_exceed_the_images_by_what_divisibility_asks_for(plans: dict
     check_patch(derive_plans(plans, "3d_fullres", patch_size=[64, 128, 128]), "3d_fullres", fingerprint)
     with pytest.raises(PlansError, match=r"on axis 0 .*give at most 64x128x128"):
         check_patch(derive_plans(plans, "3d_fullres", patch_size=[80, 128, 128]), "3d_fullres", fingerprint)
+
+
+def test_a_patch_for_unetr_may_exceed_the_images_by_what_tokens_ask_for(plans: dict) -> None:
+    """Enforces the next multiple of 16 and no other of the strides."""
+    fingerprint = {"shapes_after_crop": [[10, 300, 310]], "spacings": [[2.0, 0.7, 0.7]]}
+    sizes = {"num_heads": 6}
+    with pytest.raises(PlansError, match=r"larger than every image on axis 0 \(.*give at most 16x304x320$"):
+        check_patch(
+            derive_plans(plans, "3d_fullres", patch_size=[32, 304, 320], unetr=sizes), "3d_fullres", fingerprint
+        )
+    check_patch(derive_plans(plans, "3d_fullres", patch_size=[16, 304, 320], unetr=sizes), "3d_fullres", fingerprint)

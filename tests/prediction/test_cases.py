@@ -200,6 +200,14 @@ def test_a_case_that_is_not_finite_is_named_and_the_others_are_predicted(model, 
     assert visible(tmp_path / "out") == sorted(["case_0.nii.gz", "case_2.nii.gz", *FILES])
 
 
+def test_no_others_are_claimed_where_no_case_is_predicted(model, images, tmp_path):
+    """Every case is named, and none is said to be there."""
+    for number in range(3):
+        write_image(images, f"case_{number}_0000", value=np.nan)
+    with pytest.raises(InputImageError, match=r"^3 cases not predicted: "):
+        predict(load(model), images, tmp_path / "out")
+
+
 def test_an_unreadable_case_is_named_and_the_others_are_predicted(model, images, tmp_path):
     """A truncated file."""
     file = images / "case_1_0000.nii.gz"

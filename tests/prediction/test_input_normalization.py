@@ -152,3 +152,27 @@ def test_tile_quantiles_are_warned_about_once(model, caplog):
     ]
     tile = "tile_quantile" in (model / "plans.json").read_text()
     assert len(found) == tile
+
+
+def test_the_network_tells_how_it_was_trained_and_not_the_plans(model, tmp_path):
+    """Enforces z-scores for a stock trainer's model whose plans have the key, which that trainer has not read."""
+    import zarr
+
+    write_image(tmp_path / "images", "case_0_0000")
+    array = segmentation(tmp_path / "images" / "case_0_0000.nii.gz")
+    zarr.create_array(str(tmp_path / "volumes" / "case_0.zarr"), data=array, chunks=(8, 8, 8))
+    files = [str(tmp_path / "images" / "case_0_0000.nii.gz")]
+    of_ours, _ = load(model).preprocessing(files, None)
+    path = model / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(path, weights_only=False) | {"trainer_name": "nnUNetTrainer"}, path)
+    stock = load(model)
+    assert stock.input_normalization is None
+    given, _ = stock.preprocessing(files, None)
+    np.testing.assert_allclose(given[0], (array - array.mean()) / array.std(), atol=1e-5)
+    assert (of_ours.min() >= 0) == ("image_quantile" in (model / "plans.json").read_text())
+    VolumePrediction(stock, str(tmp_path / "volumes"), str(tmp_path / "out_zarr"), VolumeOptions()).run()
+    stock.predict_from_files_sequential(str(tmp_path / "images"), str(tmp_path / "out"))
+    labels = zarr.open_group(str(tmp_path / "out_zarr" / "case_0.zarr"), mode="r")["0"][:]
+    assert (labels == segmentation(tmp_path / "out" / "case_0.nii.gz")).mean() > 0.999
+    (how,) = json.loads((tmp_path / "out_zarr" / "halo_prediction.json").read_text()).values()
+    assert "input_normalization" not in how

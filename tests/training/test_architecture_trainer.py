@@ -93,3 +93,20 @@ def test_without_the_word_nothing_changes(flat):
     assert trainer.network.decoder.deep_supervision
     trainer.set_deep_supervision_enabled(False)
     assert not trainer.network.decoder.deep_supervision
+    (line,) = [line for line in log_of(trainer).splitlines() if "WARNING" in line]
+    assert line.rstrip().endswith(
+        "WARNING: the plans are for a UNETR, and nnUNetTrainerBRN trains their U-Net, with an initial learning rate of "
+        "0.01: put _UNETR behind the norm of the trainer's name"
+    )
+
+
+def test_a_patch_for_tokens_alone_is_refused_for_the_u_net_of_the_same_plans(flat):
+    """Six stages have a total stride of 32, which does not divide 48; three tokens do."""
+    flat.plans("2d", "tokens", patch=[48, 48], num_stages=6, unetr=SIZES)
+    trainer_of(flat, "nnUNetTrainerBRN_UNETR", plans="tokens")
+    with pytest.raises(PlansError) as refusal:
+        trainer_of(flat, "nnUNetTrainerBRN", plans="tokens")
+    assert str(refusal.value) == (
+        "-tr nnUNetTrainerBRN: patch size 48x48 is not divisible by the total stride 32x32 of the plans' U-Net: put _UNETR, "
+        "which the plans are for, behind the norm of the trainer's name"
+    )

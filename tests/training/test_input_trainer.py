@@ -1,9 +1,13 @@
 """Trainers see images, or tiles, normalized by their quantiles: in training, in the final validation, and in prediction."""
 
+import copy
 import json
 import logging
 import os
+import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import numpy as np
@@ -65,6 +69,55 @@ def test_every_case_is_normalized_by_its_image(dataset, monkeypatch):
         assert {case: new.known[case] for case in new.identifiers} == {
             case: old.known[case] for case in old.identifiers
         }
+
+
+@pytest.mark.parametrize("kind", ["image_quantile", "tile_quantile"])
+def test_outside_of_a_mask_is_what_it_is_in_inference(dataset, kind):
+    """Enforces that nnU-Net's augmentation leaves the outside of a mask alone in normalized images, 0 as ever in z-scores."""
+    for configuration in dataset.stock["configurations"].values():
+        if "normalization_schemes" in configuration:
+            configuration["use_mask_for_norm"] = [True]
+    trainer = initialized(dataset, kind)
+    masks = trainer.configuration_manager.use_mask_for_norm
+    assert masks == [True]
+    transforms = trainer.get_training_transforms(
+        (16, 16, 16), (0.0, 0.0), None, (), do_dummy_2d_data_aug=False, use_mask_for_norm=masks
+    )
+    labels = torch.full((1, 16, 16, 16), -1, dtype=torch.int16)
+    labels[:, 4:12] = 1
+    found = transforms(image=torch.full((1, 16, 16, 16), 0.5), segmentation=labels)
+    outside = found["image"][found["segmentation"] == 0]
+    assert len(outside) > 0
+    assert bool((outside == 0).all()) == (kind == "tile_quantile")
+
+
+def test_processes_find_the_quantiles_that_the_first_one_lacks(dataset, monkeypatch):
+    """Enforces that all have all of them, and the file too, though another process has already read some from it."""
+    trainer = initialized(dataset, "image_quantile")
+    cases = [f"case{number}" for number in range(5)]
+    own, shared, barrier = threading.local(), {}, threading.Barrier(2)
+
+    def gathered(value):
+        shared[own.rank] = value
+        barrier.wait()
+        found = [copy.deepcopy(shared[rank]) for rank in range(2)]
+        barrier.wait()
+        return found
+
+    def run(rank):
+        own.rank = rank
+        data = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+        data.known = dict.fromkeys(cases[1::2], ((7.0, 8.0),)) if rank else {}
+        data.find_quantiles()
+        return data.known
+
+    processes = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: own.rank, get_world_size=lambda: 2)
+    monkeypatch.setattr("nnunet_norm.training.normalized_cases.dist", processes)
+    monkeypatch.setattr("nnunet_norm.training.normalized_cases.gathered", gathered)
+    with ThreadPool(2) as pool:
+        first, second = pool.map(run, range(2), chunksize=1)
+    assert sorted(first) == cases
+    assert first == second == StoredQuantiles(dataset.folder / "nnUNetPlans_3d_fullres", ".b2nd").read()
 
 
 def test_cases_that_have_changed_are_measured_again(dataset, caplog):

@@ -273,11 +273,10 @@ def test_quantiles_are_those_of_the_normalized_image(tmp_path, monkeypatch, bord
     monkeypatch.setattr(intensity, "BLOCK_VALUES", 5 * 8**3)
     values = five_channels("float32", border=border)
     plans, configuration = managers(SCHEMES)
-    configuration.configuration["nnunet_norm"] = {"input_normalization": "image_quantile"}
     expected, _ = by_nnunet(values, plans, configuration)
     normalize_image(expected)
     image = ZarrImage(write_array(tmp_path / "a.zarr", values), channels=5)
-    found = measure_intensities(image, plans, configuration)
+    found = measure_intensities(image, plans, configuration, input_normalization="image_quantile")
     whole = NormalizedVolume(image, found, (0, 1, 2))[:]
     torch.testing.assert_close(whole, torch.from_numpy(expected), rtol=1e-5, atol=2e-6)
     assert whole.min() == 0
