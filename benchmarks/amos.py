@@ -31,7 +31,7 @@ from amos_length import Length, length_of
 from amos_report import write_results
 from amos_sweep import Sweep
 from nnunet_datasets import make_raw, prepare
-from reporting import command, machine, versions
+from reporting import command_or_former, machine, versions
 from whole_image_statistics_data import DATASETS, cases_of
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -84,7 +84,9 @@ def grid_of(args: argparse.Namespace, length: Length) -> dict[str, Any]:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     shared = Path(__file__).parents[2] / "shared" / "data"
     axes = GRID["axes"]
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))
@@ -151,14 +153,15 @@ def main() -> None:
             except NnunetNormError as error:  # a training failed: report on the others
                 failed = error
         keys = ("cases", "folds", "seed", "budget", "norms", "losses", "settings", "fixed", "note")
+        name = f"amos_{args.dataset}" if args.dataset else "amos_hippocampus"
+        former = args.out / f"{name}.json"
         about = {
-            "command": command("amos.py", sys.argv[1:], ("--data", "--work", "--out")),
+            "command": command_or_former("amos.py", sys.argv[1:], ("--data", "--work", "--out"), former),
             "machine": machine("cuda" if args.gpus else "cpu"),
             "versions": versions(),
             "settings": {key: getattr(args, key) for key in keys} | length.as_dict(),
             "scaled": SCALED if args.plans == BASE else "",
         }
-        name = f"amos_{args.dataset}" if args.dataset else "amos_hippocampus"
         print(write_results(sweep.measure(file, args.candidates), about, args.out / name))
     except NnunetNormError as error:
         failed = error

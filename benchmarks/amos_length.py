@@ -71,6 +71,10 @@ def length_of(
     measured = seconds_of(file)
     epochs = epochs_within(grid["axes"], len(grid["folds"]), measured, length.iterations, minutes * 60 * jobs)
     print(f"{minutes:g} minutes give {epochs} epochs of {length.iterations} steps", flush=True)
+    taken = sum(one["once"] + one["step"] * STEPS for one in measured) / jobs / 60
+    if taken > minutes:
+        print(f"--budget {minutes:g} is exceeded: the calibration alone took about {taken:.0f} minutes", flush=True)
+    print(_left_over(file), flush=True)
     write_json(path, [*known, {"asked": asked, "epochs": epochs, "measured": measured}], indent=2)
     return Length(epochs, length.iterations)
 
@@ -101,6 +105,16 @@ def seconds_of(file: Path) -> list[dict[str, Any]]:
         epoch = read_epochs(grid.fold_folder(run))[-1].seconds
         found.append({**levels(run.point.values["what"]), "step": epoch / STEPS, "once": max(whole - epoch, 0.0)})
     return found
+
+
+def _left_over(file: Path) -> str:
+    """Where the models of the calibration lie: in the user's own folder, so that they are not deleted here."""
+    from nnunet_norm.sweep.grid import load_grid  # reads nnU-Net's variables
+
+    grid = load_grid(str(file))
+    models = sorted({grid.model_folder(run.point) for run in grid.runs})
+    names = ", ".join(model.name for model in models)
+    return f"the calibration's {len(models)} models are of no further use and may be deleted; in {models[0].parent}: {names}"
 
 
 def epochs_within(

@@ -345,7 +345,9 @@ def report(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--what", nargs="+", choices=("nifti", "zarr", "large", "killed"), default=["nifti", "zarr", "large", "killed"]
     )

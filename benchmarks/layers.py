@@ -113,7 +113,9 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--what", nargs="+", choices=["layers", "blocks"], default=["layers"])
     parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"])

@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 from normalization_budget import epochs_for
-from normalization_datasets import make, network_changes, setting_named
+from normalization_datasets import make, network_changes, refuse_collisions, setting_named, with_network
 from normalization_measure import batch_sizes, ghost, tables, tiles
-from normalization_models import Trained, opened
+from normalization_models import Trained, opened, stamp_of
 from normalization_report import write_report
 from normalization_settings import NORMALIZATION_BATCHES, ROWS, SETTINGS, SOURCES, Setting, Wanted
 from normalization_transfer import make_images, transfer
-from reporting import command, machine, versions
+from reporting import command_or_former, machine, versions
 from trainings import Training, run_all
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -48,6 +48,9 @@ from nnunet_norm.writing import write_json
 PARTS = ("train", "tables", "tiles", "transfer", "batches")
 BATCHED = ("BatchNorm", "BatchRenorm", "PreciseBN")
 """Rows whose train mode depends on the batch."""
+
+ONLY = f"{', '.join(ROWS)}; trainings of GhostBN are no rows: they belong to --what batches"
+"""Help of ``--only``."""
 
 Measure = Callable[[Trained], dict[str, Any]]
 
@@ -89,8 +92,7 @@ def measured(each: Wanted, run: Training, args: argparse.Namespace) -> dict[str,
     """What is known of a training; what this call wants and is not known yet, is measured."""
     if not run.is_done:
         return {}
-    about = run.checkpoint.stat()
-    of = [about.st_size, about.st_mtime_ns, args.cases]
+    of = [*stamp_of(run), args.cases]
     trained = opened(run, args.cases)
     found = {}
     for name, (part, measure) in measures(each, run, args).items():
@@ -103,8 +105,9 @@ def measured(each: Wanted, run: Training, args: argparse.Namespace) -> dict[str,
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 write_json(path, {"of": of, "found": measure(trained)})
-            except NnunetNormError as error:  # the rest is measured and reported
-                print(f"{each.name}, {run.title}: {name} not measured: {error}", file=sys.stderr, flush=True)
+            except ValueError as error:  # this package's refusals, and torch's: one value per channel has no variance
+                why = str(error).partition("\n")[0]
+                print(f"{each.name}, {run.title}: {name} not measured: {why}", file=sys.stderr, flush=True)
                 continue
             print(f"{each.name}, {run.title}: {name} measured, {time.perf_counter() - start:.0f} s", flush=True)
         found[name] = json.loads(path.read_text())["found"]
@@ -112,14 +115,16 @@ def measured(each: Wanted, run: Training, args: argparse.Namespace) -> dict[str,
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     shared = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("settings", nargs="+", help=f"{', '.join(SETTINGS)}, or Dataset123_X:3d_fullres")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=ONLY)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, default=15)
@@ -141,14 +146,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def prepared(settings: dict[str, Setting], args: argparse.Namespace) -> None:
+def prepared(args: argparse.Namespace) -> dict[str, Setting]:
     """Datasets, and then nnU-Net's folders are those in ``--work``."""
+    found = {text.replace(":", "_"): setting_named(text) for text in args.settings}
     args.work = args.work.resolve()
+    refuse_collisions(found.values(), args.work)
     args.work.mkdir(parents=True, exist_ok=True)
-    for setting in settings.values():
+    for setting in found.values():
         make(setting, args.data, args.work)
     own = Workspace(args.work, DemoSettings()).environment()
     os.environ |= {key: value for key, value in own.items() if key.startswith("nnUNet_")}
+    return {name: with_network(setting, network_changes(args), args.work) for name, setting in found.items()}
 
 
 def result_of(
@@ -161,8 +169,9 @@ def result_of(
             found.setdefault(str(each.what), {})[str(each.seed)] = measured(each, run, args)
     splits = args.work / "nnUNet_preprocessed" / setting.dataset.name / "splits_final.json"
     cases = {role: len(names) for role, names in json.loads(splits.read_text())[0].items()}
+    former, folders = file_of(name, args), ("--data", "--work", "--out")
     return {
-        "command": command("normalization.py", sys.argv[1:], ("--data", "--work", "--out")),
+        "command": command_or_former("normalization.py", sys.argv[1:], folders, former),
         "machine": machine("cpu"),
         "versions": versions(),
         "note": args.note,
@@ -181,22 +190,32 @@ def result_of(
     }
 
 
+def file_of(name: str, args: argparse.Namespace) -> Path:
+    """The results of a setting."""
+    return args.out / f"normalization_{name}.json"
+
+
 def main() -> None:
     args = arguments()
-    settings = {text.replace(":", "_"): setting_named(text, network_changes(args)) for text in args.settings}
-    prepared(settings, args)
-    every = list(planned(settings, args.seeds))
-    if args.budget is not None:
-        args.epochs = epochs_for(args.budget, [each for each in every if is_wanted(each, args)], args)
-    runs = [(each, each.training(args.epochs, args.iterations, args.work)) for each in every]
-    if "train" in args.what:
-        try:
-            run_all([run for each, run in runs if is_wanted(each, args)], args.jobs)
-        except NnunetNormError as error:  # what could be trained is reported
-            print(f"a training failed: {error}", file=sys.stderr, flush=True)
-    torch.set_num_threads(os.cpu_count() or 1)
-    for name, setting in settings.items():
-        write_report(result_of(name, setting, runs, args), args.out / f"normalization_{name}.json")
+    failed = None
+    try:
+        settings = prepared(args)
+        every = list(planned(settings, args.seeds))
+        if args.budget is not None:
+            args.epochs = epochs_for(args.budget, [each for each in every if is_wanted(each, args)], args)
+        runs = [(each, each.training(args.epochs, args.iterations, args.work)) for each in every]
+        if "train" in args.what:
+            try:
+                run_all([run for each, run in runs if is_wanted(each, args)], args.jobs)
+            except NnunetNormError as error:  # what could be trained is reported
+                failed = error
+        torch.set_num_threads(os.cpu_count() or 1)
+        for name, setting in settings.items():
+            write_report(result_of(name, setting, runs, args), file_of(name, args))
+    except NnunetNormError as error:
+        failed = error
+    if failed:
+        sys.exit(f"normalization.py: {failed}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from normalization_settings import Setting, Wanted, training
 from trainings import run_all
 
+from nnunet_norm.errors import SetupError
 from nnunet_norm.writing import write_json
 
 CALIBRATED = 2
@@ -22,21 +23,37 @@ def epochs_for(minutes: float, trainings: Sequence[Wanted], args) -> int:
     Args:
         minutes: for all trainings, ``args.jobs`` at a time.
         trainings: what is to be trained.
-        args: with ``iterations``, ``jobs`` and ``work``.
+        args: with ``iterations``, ``jobs``, ``work`` and ``what``.
+
+    Raises:
+        SetupError: the number is not known yet, and this call is not to train.
     """
     settings = {each.name: each.setting for each in trainings}
-    key = f"{minutes:g} minutes, {args.iterations} iterations: {', '.join(sorted(settings))}"
+    listed = ", ".join(f"{name} ({settings[name].network.name})" for name in sorted(settings))
+    key = f"{minutes:g} minutes, {args.jobs} at a time, {args.iterations} iterations: {listed}"
     path = args.work / "budget.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
+        if "train" not in args.what:
+            raise SetupError(f"--budget {minutes:g}: nothing was trained with it yet ({key}); leave out --report-only")
         timed = {name: _timed(setting, args.iterations, args.work) for name, setting in settings.items()}
         epoch = sum(timed[each.name]["seconds_per_epoch"] * each.cost for each in trainings)
         around = sum(timed[each.name]["seconds_around"] for each in trainings)
         seconds = minutes * 60 * args.jobs
         known[key] = {"epochs": max(int((seconds - around) // epoch), 1), "trainings": len(trainings), "timed": timed}
+        if seconds < around + epoch:
+            shortest = (around + epoch) / 60 / args.jobs
+            print(f"--budget {minutes:g} is exceeded: one epoch each takes {shortest:.0f} minutes", flush=True)
         write_json(path, known)
-    print(f"{key}: {known[key]['epochs']} epochs each", flush=True)
-    return known[key]["epochs"]
+    found = known[key]
+    print(f"{key}: {found['epochs']} epochs each", flush=True)
+    if found["trainings"] != len(trainings):
+        print(
+            f"that was found for {found['trainings']} trainings and holds for later calls; this one has {len(trainings)}, "
+            f"which take about {minutes * len(trainings) / found['trainings']:.0f} minutes",
+            flush=True,
+        )
+    return found["epochs"]
 
 
 def _timed(setting: Setting, iterations: int, work: Path) -> dict[str, float]:

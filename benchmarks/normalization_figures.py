@@ -52,7 +52,8 @@ def draw_modes(rows: Rows, result: dict[str, Any], path: Path) -> bool:
     dice.set_ylabel("Dice with the labels")
     disparity.set_ylabel("disparity: 1 - Dice with eval mode")
     disparity.axhline(LARGE_DISPARITY, color="black", linewidth=0.8, linestyle=":")
-    disparity.set_xticks(range(len(found)), list(found), rotation=25, ha="right", fontsize=9)
+    titles = [_title(row, runs, result) for row, runs in found.items()]
+    disparity.set_xticks(range(len(found)), titles, rotation=25, ha="right", fontsize=9)
     for axis in (dice, disparity):
         axis.legend(fontsize=9, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.98))
         axis.margins(x=0.02, y=0.12)
@@ -78,8 +79,9 @@ def draw_tiles(rows: Rows, result: dict[str, Any], path: Path) -> bool:
     for number, (axis, name) in enumerate(zip(axes, first["classes"], strict=True)):
         for row, runs in found.items():
             series = [[each["dice"][number] for each in run["tiles"]["sizes"]] for run in runs]
-            wholes = [run["tables"]["whole"]["dice"][number] for run in runs]
-            _line(axis, range(len(labels)), [[*values, w] for values, w in zip(series, wholes, strict=True)], row)
+            wholes = [_of_whole_image(run)[number] for run in runs]
+            lines = [[*values, whole] for values, whole in zip(series, wholes, strict=True)]
+            _line(axis, range(len(labels)), lines, row, _title(row, runs, result))
         axis.set_title(name, fontsize=10)
         axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
         axis.set_xlabel("tile")
@@ -113,9 +115,9 @@ def draw_batches(rows: Rows, result: dict[str, Any], path: Path) -> bool:
             sizes = range(len(NORMALIZATION_BATCHES))
             colour = COLOURS[ROWS[row].norm]
             series = [[_mean(run[i]["dice"]["train"]) for run in runs if i < len(run)] for i in sizes]
-            _spots(trained, series, f"{row}, train mode", colour, "--")
+            _spots(trained, series, _title(f"{row}, train mode", runs, result), colour, "--")
             series = [[_mean(run[i]["disparity"]["train"]) for run in runs if i < len(run)] for i in sizes]
-            drawn |= _spots(disparity, series, row, colour, "--")
+            drawn |= _spots(disparity, series, _title(row, runs, result), colour, "--")
     if not drawn:
         return False
     trained.set_ylabel("Dice with the labels, mean over the classes")
@@ -130,6 +132,9 @@ def draw_batches(rows: Rows, result: dict[str, Any], path: Path) -> bool:
     words = (
         "Solid: GhostBN, trained with such batches. Dashed: networks trained as in the table, evaluated with others."
     )
+    trained_so = ", ".join(str(len(runs)) for runs in ghosts)
+    if any(ghosts) and any(len(runs) != len(result["seeds"]) for runs in ghosts):
+        words += f" Seeds of GhostBN that are measured, by batch: {trained_so} of {len(result['seeds'])}."
     _finish(figure, words + " Vertical lines: seeds.", result, path)
     return True
 
@@ -162,10 +167,23 @@ def draw_transfer(rows: Rows, result: dict[str, Any], path: Path) -> bool:
     }
     _bars(axis, flat, "dice", kinds)
     axis.set_ylabel("Dice of membranes")
-    axis.set_xticks(range(len(flat)), list(flat), rotation=25, ha="right", fontsize=9)
+    titles = [_title(row, runs, result) for row, runs in found.items()]
+    axis.set_xticks(range(len(flat)), titles, rotation=25, ha="right", fontsize=9)
     axis.legend(fontsize=9, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.99))
     _finish(figure, "Whole images that were not trained on.", result, path)
     return True
+
+
+def _title(what: str, runs: Sequence[Any], result: dict[str, Any]) -> str:
+    """What is drawn; with the seeds that it is of, where some are not measured yet."""
+    seeds = len(result["seeds"])
+    return what if len(runs) == seeds else f"{what} ({len(runs)} of {seeds} seeds)"
+
+
+def _of_whole_image(run: dict[str, Any]) -> Values:
+    """Dice per class, None where the network is predicted in tiles."""
+    whole = run["tables"]["whole"]
+    return [None] * len(whole["dice"]) if whole.get("in_tiles") else whole["dice"]
 
 
 def _mean(values: Values | None) -> float | None:
@@ -194,14 +212,14 @@ def _bars(axis: Axes, found: dict[str, list[Any]], key: str, kinds: dict[str, tu
             )
 
 
-def _line(axis: Axes, places: Sequence[float], runs: list[Values], row: str) -> None:
+def _line(axis: Axes, places: Sequence[float], runs: list[Values], row: str, title: str) -> None:
     columns = [[value for value in column if value is not None] for column in zip(*runs, strict=True)]
     there = [(place, column) for place, column in zip(places, columns, strict=True) if column]
     if not there:
         return
     xs, colour = [place for place, _ in there], COLOURS[ROWS[row].norm]
     axis.plot(
-        xs, [mean(c) for _, c in there], LINES[ROWS[row].inputs], color=colour, label=row, marker=".", linewidth=1.3
+        xs, [mean(c) for _, c in there], LINES[ROWS[row].inputs], color=colour, label=title, marker=".", linewidth=1.3
     )
     axis.fill_between(xs, [min(c) for _, c in there], [max(c) for _, c in there], color=colour, alpha=0.12, linewidth=0)
 

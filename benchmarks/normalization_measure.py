@@ -15,9 +15,10 @@ from normalization_settings import NORMALIZATION_BATCHES
 from torch import Tensor, nn
 from trainings import Training
 
+from nnunet_norm.diagnosis.model import Plan
 from nnunet_norm.layers import differs_from_batch_norm, plain_batch_statistics
 from nnunet_norm.metrics import class_masks, compare_pair, dice_counts, summarize
-from nnunet_norm.prediction import measure_tile_pairs
+from nnunet_norm.prediction import TilesPlan, measure_tile_pairs
 from nnunet_norm.statistics import norms_in_train_mode
 from nnunet_norm.training.reporting import mismatch_as_dict
 from nnunet_norm.training.validation import REPORT
@@ -89,19 +90,25 @@ def tables(trained: Trained, run: Training) -> dict[str, Any]:
     model = trained.model
     patches = trained.patches(model.patch_size)
     (found,) = modes(trained.network, patches, [model.batch_size], regions=model.regions) or [None]
-    plans: list[str] = []
+    plans: list[Plan] = []
 
     def best(image: Tensor) -> Tensor:
         plan = trained.best_plan(image)
-        plans.append(plan.describe())
+        plans.append(plan)
         return model.halo.predict_with(plan, image).cpu()
 
     start = time.perf_counter()
-    whole = {"dice": trained.dice(best), "seconds": time.perf_counter() - start, "plan": plans[0]}
+    whole = {"dice": trained.dice(best), "seconds": time.perf_counter() - start}
+    whole |= {"plan": plans[0].describe(), "in_tiles": any(map(_depends_on_tiles, plans))}
     depends = trained.one_size or model.halo.field.tile_statistics
     blended = trained.dice(model.predict_as_nnunet) if depends else None
     about = {"reported": reported(run), "classes": model.class_names, "images": len(trained.images)}
     return {"modes": found, "mismatch": mismatch(trained), "whole": whole, "blending": blended} | about
+
+
+def _depends_on_tiles(plan: Plan) -> bool:
+    """Whether the prediction is not that of one pass over the whole image."""
+    return isinstance(plan, TilesPlan) and not plan.decision.exact
 
 
 def mismatch(trained: Trained) -> dict[str, Any]:

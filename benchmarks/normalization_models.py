@@ -175,6 +175,12 @@ def opened(run: Training, count: int) -> Trained:
     return Trained(run.fold.parent, own_cases(count))
 
 
+def stamp_of(run: Training) -> list[int]:
+    """Size and time of a training's checkpoint: what is derived from it holds as long as they are the same."""
+    about = run.checkpoint.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
 def of_counts(counts: Tensor) -> list[float | None]:
     """Dice of counts (2, K); None for a class that is in neither."""
     return numbers((counts[0] / counts[1]).tolist())

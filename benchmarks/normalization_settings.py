@@ -11,6 +11,8 @@ from PIL import Image
 from trainings import Training
 from whole_image_statistics_data import cases_of
 
+from nnunet_norm.errors import SetupError
+
 Case = tuple[str, str, Any, Any]
 
 
@@ -145,13 +147,23 @@ SOURCES = {
 }
 """Where images come from, by the beginning of ``Setting.source``."""
 
+FOLDERS = {"vnc": "vnc_sstem", "isbi": "isbi2012_em", "hippocampus": "hippocampus_msd04"}
+"""Of the images; likewise."""
+
 VNC_ROLES = {"train": range(14), "val": range(17, 20)}
 ISBI_ROLES = {"train": range(22), "val": range(25, 30)}
 """Sections; those between are used for nothing, so that no section of the validation touches one that was seen."""
 
 
 def cases(source: str, data: Path) -> list[Case]:
-    """Every case as (name, "train" or "val", image, labels), both as arrays (z, y, x) or files."""
+    """Every case as (name, "train" or "val", image, labels), both as arrays (z, y, x) or files.
+
+    Raises:
+        SetupError: the images are not in ``data``.
+    """
+    folder = data / FOLDERS[source.split("_")[0]]
+    if not folder.is_dir():
+        raise SetupError(f"--data {data} has no folder {folder.name}: give the folder that has it")
     if source == "hippocampus_3d":
         roles = {"train": "train", "test": "val"}
         return [(name, roles[role], *files) for name, role, *files in cases_of("hippocampus", data) if role in roles]
@@ -177,13 +189,13 @@ def _halves(image, labels, seen, held_out):
 def vnc(data: Path) -> tuple[np.ndarray, np.ndarray]:
     """Image and labels (20, 1024, 1024)."""
     names = [f"{i:02}.png" for i in range(20)]
-    return tuple(_stack(data / "vnc_sstem" / sub, names) for sub in ("raw", "labels"))
+    return tuple(_stack(data / FOLDERS["vnc"] / sub, names) for sub in ("raw", "labels"))
 
 
 def isbi2012(data: Path) -> tuple[np.ndarray, np.ndarray]:
     """Image and labels (30, 512, 512); 1 is membrane."""
     names = [f"{i}.png" for i in range(30)]
-    image, inside = (_stack(data / "isbi2012_em" / "train" / sub, names) for sub in ("image", "label"))
+    image, inside = (_stack(data / FOLDERS["isbi"] / "train" / sub, names) for sub in ("image", "label"))
     return image, (inside == 0).astype(np.uint8)
 
 

@@ -1,5 +1,7 @@
 """Models of one electron microscope on the images of another: membranes of VNC and of ISBI 2012."""
 
+import json
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from nnunet_datasets import write_image
 from normalization_measure import mismatch
-from normalization_models import Trained
+from normalization_models import Trained, stamp_of
 from normalization_settings import MEMBRANE, Setting, cases
 from trainings import Training
 
@@ -61,13 +63,24 @@ def transfer(run: Training, folder: Path, adapted: Path) -> dict[str, Any]:
     found["mismatch"] = mismatch(trained)["verdict"]
     if not any(map(tracks_statistics, find_norms(trained.network).values())):
         return found | {"adapted": None}
-    if not adapted.exists():
-        recalibration = Recalibration(run.fold.parent, folds=[0], device=torch.device("cpu"), progress=False)
-        (target,) = recalibration.targets(folder / "train" / "images", output=adapted)
-        adapted.parent.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(StringIO()):  # nnU-Net tells where it found the trainer
-            recalibration.write(target)
+    _adapt(run, folder, adapted)
     return found | {"adapted": _membranes(Trained(adapted, there(folder)))}
+
+
+def _adapt(run: Training, folder: Path, adapted: Path) -> None:
+    """Make the adapted model, unless it is there and was made of this very checkpoint."""
+    stamp, kept = stamp_of(run), adapted.with_name(f"{adapted.name}.json")
+    if adapted.exists() and kept.exists() and json.loads(kept.read_text()) == stamp:
+        return
+    kept.unlink(missing_ok=True)
+    if adapted.exists():
+        shutil.rmtree(adapted)
+    recalibration = Recalibration(run.fold.parent, folds=[0], device=torch.device("cpu"), progress=False)
+    (target,) = recalibration.targets(folder / "train" / "images", output=adapted)
+    adapted.parent.mkdir(parents=True, exist_ok=True)
+    with redirect_stdout(StringIO()):  # nnU-Net tells where it found the trainer
+        recalibration.write(target)
+    write_json(kept, stamp)
 
 
 def _membranes(trained: Trained) -> float | None:

@@ -249,7 +249,9 @@ class Benchmark:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ndim", type=int, choices=(2, 3), default=3)
     parser.add_argument("--stages", type=int, default=6)
     parser.add_argument("--width", type=int, default=32, help="channels of the first stage")

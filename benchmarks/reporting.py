@@ -1,5 +1,6 @@
 """What the reports of the benchmarks share: machine, versions, command line, spreads and tables."""
 
+import json
 import os
 import platform
 import subprocess
@@ -44,9 +45,24 @@ def versions() -> dict[str, str]:
 
 
 def command(program: str, arguments: Sequence[str], folders: Sequence[str]) -> str:
-    """The command line of a benchmark, without the names of folders: those are what follows one of ``folders``."""
-    shown = ["FOLDER" if before in folders else word for before, word in zip(["", *arguments], arguments, strict=False)]
+    """The command line of a benchmark, without the names of folders: those are what follows one of ``folders``.
+
+    Its parser must not know abbreviations (``allow_abbrev``), which are not looked for here.
+    """
+    shown = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        flag, equals, _ = word.partition("=")
+        shown.append("FOLDER" if before in folders else f"{flag}=FOLDER" if equals and flag in folders else word)
     return " ".join([f"python benchmarks/{program}", *shown])
+
+
+def command_or_former(program: str, arguments: Sequence[str], folders: Sequence[str], former: Path) -> str:
+    """The command that made the results: that of the file ``former``, if this call only reports on what is there."""
+    if "--report-only" in arguments and former.exists():
+        known = json.loads(former.read_text(encoding="utf-8")).get("command")
+        if known is not None:
+            return str(known)
+    return command(program, arguments, folders)
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from nnunet_datasets import ONE_CORE, Dataset, program
 
 from nnunet_norm.demo.steps import continue_flag
+from nnunet_norm.errors import NnunetNormError
 from nnunet_norm.writing import is_whole_checkpoint
 
 
@@ -85,8 +86,22 @@ class Training:
 
 
 def run_all(trainings: Sequence[Training], jobs: int) -> None:
-    """All of them, ``jobs`` at a time."""
+    """All of them, ``jobs`` at a time; one that fails does not keep the others from being trained.
+
+    Raises:
+        NnunetNormError: plans cannot be made, or trainings failed, after all others.
+    """
     for training in trainings:
         training.make_plans()
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(Training.run, trainings))
+        failures = [failure for failure in pool.map(_failure, trainings) if failure]
+    if failures:
+        raise NnunetNormError("; ".join(failures))
+
+
+def _failure(training: Training) -> str | None:
+    try:
+        training.run()
+    except NnunetNormError as error:
+        return f"{training.title}: {error}"
+    return None
