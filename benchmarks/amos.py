@@ -31,7 +31,7 @@ from amos_length import Length, length_of
 from amos_report import write_results
 from amos_sweep import Sweep
 from nnunet_datasets import make_raw, prepare
-from reporting import command_or_former, machine, versions
+from reporting import command_or_former, machine, refusals_in_one_line, versions
 from whole_image_statistics_data import DATASETS, cases_of
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -138,7 +138,7 @@ def main() -> None:
     args = checked(options().parse_args())
     sweep = Sweep(args.work, args.tolerance)
     failed = None
-    try:
+    with refusals_in_one_line("amos.py"):
         if not args.dataset:
             make_hippocampus(args, sweep)
         length = Length(args.epochs, args.iterations)
@@ -163,10 +163,8 @@ def main() -> None:
             "scaled": SCALED if args.plans == BASE else "",
         }
         print(write_results(sweep.measure(file, args.candidates), about, args.out / name))
-    except NnunetNormError as error:
-        failed = error
-    if failed:
-        sys.exit(f"amos.py: {failed}")
+        if failed:
+            raise failed
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from normalization_models import Trained, opened, stamp_of
 from normalization_report import write_report
 from normalization_settings import NORMALIZATION_BATCHES, ROWS, SETTINGS, SOURCES, Setting, Wanted
 from normalization_transfer import make_images, transfer
-from reporting import command_or_former, machine, versions
+from reporting import command_or_former, machine, refusals_in_one_line, versions
 from trainings import Training, run_all
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -198,7 +198,7 @@ def file_of(name: str, args: argparse.Namespace) -> Path:
 def main() -> None:
     args = arguments()
     failed = None
-    try:
+    with refusals_in_one_line("normalization.py"):
         settings = prepared(args)
         every = list(planned(settings, args.seeds))
         if args.budget is not None:
@@ -212,10 +212,8 @@ def main() -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         for name, setting in settings.items():
             write_report(result_of(name, setting, runs, args), file_of(name, args))
-    except NnunetNormError as error:
-        failed = error
-    if failed:
-        sys.exit(f"normalization.py: {failed}")
+        if failed:
+            raise failed
 
 
 if __name__ == "__main__":

@@ -4,14 +4,26 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from nnunet_norm.errors import NnunetNormError
+
+
+@contextmanager
+def refusals_in_one_line(program: str) -> Iterator[None]:
+    """What the package refuses ends the program with that line."""
+    try:
+        yield
+    except NnunetNormError as error:
+        sys.exit(f"{program}: {error}")
 
 
 def machine(device: str) -> dict[str, Any]:
