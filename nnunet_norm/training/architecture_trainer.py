@@ -68,12 +68,22 @@ class ArchitectureTrainer(ScaledTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The network that the trainer's name says, with the norm of the plans; called in training and in inference."""
+        """Build the network that the trainer's name says, or the plans; called in training and in inference.
+
+        Subclasses change what has been built in ``finish_network``.
+        """
         if cls.architecture is None:
-            return super().build_network_architecture(
+            network = super().build_network_architecture(
                 plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
             )
-        return build_unetr(configuration_manager.configuration, num_input_channels, num_output_channels)
+        else:
+            network = build_unetr(configuration_manager.configuration, num_input_channels, num_output_channels)
+        return cls.finish_network(network, configuration_manager)
+
+    @classmethod
+    def finish_network(cls, network: nn.Module, configuration_manager: ConfigurationManager) -> nn.Module:
+        """The network as it is trained and predicts, from the one that has just been built; here that itself."""
+        return network
 
     def initialize(self) -> None:
         """Build everything, and say what was built."""

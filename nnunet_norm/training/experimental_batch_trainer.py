@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_norm.errors import ExperimentalBatchesError
@@ -79,18 +79,9 @@ class ExperimentalBatchTrainer(NormTrainer):
             raise _misfit(f"name {listed(unknown)}, which it does not have", self.experimental_batches)
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """See ``NormTrainer``; the network carries statistics per experimental batch if the plans name any."""
-        network = super().build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
+    def finish_network(cls, network: nn.Module, configuration_manager: ConfigurationManager) -> nn.Module:
+        """The network, which carries statistics per experimental batch if the plans name any."""
+        network = super().finish_network(network, configuration_manager)
         names = NormSettings.from_configuration(configuration_manager.configuration).domain_statistics
         if names is not None:
             network.domain_statistics = DomainStatistics(names, network)

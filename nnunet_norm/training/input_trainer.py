@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_norm.layers import IMAGE, TILE, TILE_WARNING, confirm_normalized_images, set_input_normalization
@@ -24,18 +24,9 @@ class InputTrainer(ArchitectureTrainer):
     dataset_class: Any
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """The network of the plans, which knows how its input is normalized; called in training and in inference."""
-        network = super().build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
+    def finish_network(cls, network: nn.Module, configuration_manager: ConfigurationManager) -> nn.Module:
+        """The network, which knows how its input is normalized."""
+        network = super().finish_network(network, configuration_manager)
         kind = NormSettings.from_configuration(configuration_manager.configuration).input_normalization
         if kind is not None:
             set_input_normalization(network, kind, len(configuration_manager.normalization_schemes))

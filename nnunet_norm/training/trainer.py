@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_norm.errors import PlansError
@@ -72,22 +72,13 @@ class NormTrainer(InputTrainer):
         refuse_contradiction(configuration, self.norm, type(self).__name__)
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """Build the network of the plans and exchange its norms; called in training and in inference.
+    def finish_network(cls, network: nn.Module, configuration_manager: ConfigurationManager) -> nn.Module:
+        """The network with the norm that the trainer names.
 
         Raises:
             PlansError: If the trainer names a norm and the network has none to exchange.
         """
-        network = super().build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
+        network = super().finish_network(network, configuration_manager)
         architecture = configuration_manager.network_arch_init_kwargs
         if cls.norm is None or ("norm_op" in architecture and named_norm(architecture) == cls.norm):
             return network
