@@ -17,7 +17,7 @@ class nnUNetTrainerBRN(NormTrainer):
 
 
 class nnUNetTrainerGN(NormTrainer):
-    """GroupNorm with 16 channels a group: no running statistics; the statistics are those of the tile."""
+    """GroupNorm with 16 channels a group: no running statistics; those of the image, or of the tile."""
 
     norm = "group_norm"
 

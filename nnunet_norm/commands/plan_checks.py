@@ -14,7 +14,7 @@ from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.planning.batches import check_shares
 from nnunet_norm.planning.configurations import Configuration, Plans, heirs
 from nnunet_norm.planning.fitting import Training, check_fits
-from nnunet_norm.planning.images import check_patch
+from nnunet_norm.planning.images import check_changed_patches
 from nnunet_norm.planning.memory import Network
 from nnunet_norm.planning.schedule import EPOCHS, Schedule
 
@@ -38,7 +38,7 @@ def check_training(args: argparse.Namespace, plans: Plans, derived: Plans, folde
         SetupError: ``--vram`` without the dataset's description, or ``-device cuda`` without a GPU.
     """
     _check_flags(args)
-    _check_patches(plans, derived, folder)
+    check_changed_patches(plans, derived, folder)
     description = _description(folder, dataset)
     if args.vram is not None and description is None:
         raise SetupError(
@@ -107,18 +107,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise PlansError(f"--vram is {args.vram:g}; it must be the memory of a GPU in GB, above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SetupError("-device cuda is not available on this machine: leave it out, and memory is estimated")
-
-
-def _check_patches(plans: Plans, derived: Plans, folder: Path) -> None:
-    """Compare every patch that has changed, of heirs and of a cascade's other stage too, with the dataset's images."""
-    path = folder / "dataset_fingerprint.json"
-    if not path.is_file():
-        return
-    fingerprint = json.loads(path.read_text(encoding="utf-8"))
-    for name in derived["configurations"]:
-        before, after = (resolve_configuration(each, name)["patch_size"] for each in (plans, derived))
-        if list(before) != list(after):
-            check_patch(derived, name, fingerprint)
 
 
 def _description(folder: Path, dataset: str) -> dict[str, Any] | None:

@@ -114,6 +114,7 @@ def _show(grid: Grid) -> None:
 
     check_points(grid)
     print(*describe(grid), sep="\n")
+    _warn_of_padding(grid)
     finished = len(grid.runs) - len(_unfinished(grid))
     if finished:
         print(f"{_counted(finished)} finished already")
@@ -126,6 +127,14 @@ def _prepare(grid: Grid) -> None:
 
     write_plans(grid)
     write_split(grid)
+    _warn_of_padding(grid)
+
+
+def _warn_of_padding(grid: Grid) -> None:
+    from nnunet_norm.sweep.plans import padded_points
+
+    for line in padded_points(grid):
+        print(f"WARNING: {line}")
 
 
 def _run_here(args: argparse.Namespace, grid: Grid, device: str) -> None:

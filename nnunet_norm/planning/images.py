@@ -1,5 +1,7 @@
 """How large the images of a dataset are where a configuration's patches are cut from."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
@@ -58,3 +60,24 @@ def check_patch(plans: Plans, configuration: str, fingerprint: dict[str, Any]) -
             f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(map(str, axes))} (the largest extents are "
             f"{as_text(largest)}): give at most {as_text(tuple(map(min, patch, sensible)))}"
         )
+
+
+def check_changed_patches(plans: Plans, derived: Plans, folder: Path) -> None:
+    """Refuse patches that differ from those of the plans before, in any configuration, and that no image fills.
+
+    Args:
+        plans: before.
+        derived: after.
+        folder: of the preprocessed dataset; without nnU-Net's fingerprint in it nothing is refused.
+
+    Raises:
+        PlansError: see :func:`check_patch`.
+    """
+    path = folder / "dataset_fingerprint.json"
+    if not path.is_file():
+        return
+    fingerprint = json.loads(path.read_text(encoding="utf-8"))
+    for name in derived["configurations"]:
+        before, after = (resolve_configuration(each, name)["patch_size"] for each in (plans, derived))
+        if list(before) != list(after):
+            check_patch(derived, name, fingerprint)

@@ -11,7 +11,7 @@ from nnunet_norm.errors import GridError, LaunchError, PlansError, SetupError
 from nnunet_norm.planning import load_plans, resolve_configuration
 from nnunet_norm.sweep.cost import costs, describe
 from nnunet_norm.sweep.grid import load_grid
-from nnunet_norm.sweep.plans import write_plans
+from nnunet_norm.sweep.plans import padded_points, write_plans
 
 STOCK = Path(__file__).resolve().parent.parent / "stock_plans"
 DATASET = "Dataset998_Sweep"
@@ -261,6 +261,20 @@ def test_what_could_not_be_trained_is_refused_before_anything_is_written(preproc
     next(path for path in preprocessed.iterdir() if path.is_dir()).rmdir()
     with pytest.raises(SetupError, match="run nnUNetv2_preprocess -d Dataset998_Sweep -c 3d_fullres first"):
         write_plans(grid_of(tmp_path, "axes: {norm: [BRN]}"))
+
+
+def test_patches_larger_than_all_images_are_told(preprocessed, tmp_path):
+    """Enforces one line per such patch, with its points; patches that images fill, and unknown images, are not told of."""
+    grid = grid_of(tmp_path, "axes: {norm: [BRN, GN], patch: [[64, 128, 128], [64, 384, 128], [64, 128, 384]]}")
+    assert padded_points(grid) == []
+    fingerprint = {"shapes_after_crop": [[70, 300, 310]], "spacings": [[2.0, 0.7, 0.7]]}
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    first, second = padded_points(grid)
+    assert first.startswith(
+        "2 of 6 points, the first is BRN, p64x384x128: configuration 3d_fullres: patch size 64x384x128"
+    )
+    assert first.endswith("give at most 64x320x128, or exclude them")
+    assert "larger than every image on axis 2" in second
 
 
 LOG = "2026-01-01 00:00:00.000000: Epoch {epoch}\n2026-01-01 00:00:00.000000: Epoch time: {seconds} s\n"
