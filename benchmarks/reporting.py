@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def command(program: str, arguments: Sequence[str], folders: Sequence[str]) -> s
     for before, word in zip(["", *arguments], arguments, strict=False):
         flag, equals, _ = word.partition("=")
         shown.append("FOLDER" if before in folders else f"{flag}=FOLDER" if equals and flag in folders else word)
-    return " ".join([f"python benchmarks/{program}", *shown])
+    return shlex.join(["python", f"benchmarks/{program}", *shown])
 
 
 def command_or_former(program: str, arguments: Sequence[str], folders: Sequence[str], former: Path) -> str:
