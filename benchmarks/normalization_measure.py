@@ -57,11 +57,10 @@ def modes(
     used = 0
     for images, masks, valid in batches(patches, math.lcm(*sizes) if math.lcm(*sizes) <= len(patches) else max(sizes)):
         used += len(images)
-        evaluated = _masks(network, images, min(sizes), regions)
+        evaluated = _masks(network, images, min(sizes), regions, "eval")
         counts["eval"] = counts["eval"] + dice_counts(evaluated & valid, masks)
         for size, mode in itertools.product(sizes, other):
-            with in_mode(network, mode):
-                found = _masks(network, images, size, regions)
+            found = _masks(network, images, size, regions, mode)
             counts[size, mode] = counts[size, mode] + dice_counts(found & valid, masks)
             counts[size, mode, "eval"] = counts[size, mode, "eval"] + dice_counts(found, evaluated)
     return [
@@ -75,9 +74,13 @@ def modes(
     ]
 
 
-def _masks(network: nn.Module, images: Tensor, size: int, regions: bool) -> Tensor:
-    """Predicted in batches of ``size``."""
-    return torch.cat([class_masks(network(part), regions=regions) for part in images.split(size)])
+def _masks(network: nn.Module, images: Tensor, size: int, regions: bool, mode: str) -> Tensor:
+    """Predicted in batches of ``size``, each with the running statistics of the trained network."""
+    found = []
+    for part in images.split(size):
+        with in_mode(network, mode):  # inside, running statistics move
+            found.append(class_masks(network(part), regions=regions))
+    return torch.cat(found)
 
 
 def one_minus(values: Sequence[float | None]) -> list[float | None]:
