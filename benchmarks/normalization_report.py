@@ -149,7 +149,7 @@ def verdict(rows: dict[str, Any]) -> str:
     if whole:
         lines.append(
             f"BatchRenorm less InstanceNorm, mean Dice of whole images{paired(whole)}: {shown(whole, '+.3f')} against "
-            f"InstanceNorm with the statistics of the whole image, {shown(blended, '+.3f')} against nnU-Net's blended tiles."
+            f"InstanceNorm by the halo predictor, {shown(blended, '+.3f')} against nnU-Net's blended tiles."
         )
     for row in ("BatchNorm", "BatchRenorm", "PreciseBN", "FrozenBN"):
         found = means(of_runs(rows[row], "tables", "modes", "disparity", "train"))

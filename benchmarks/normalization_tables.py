@@ -159,12 +159,18 @@ def tiles_table(rows: dict[str, Any], seeds: int) -> list[list[str]]:
     """Dice against the size of the tiles."""
     sizes = next((found for runs in rows.values() for found in of_runs(runs, "tiles", "sizes") if found), [])
     cells = [["norm", "seeds", *[" x ".join(map(str, each["size"])) for each in sizes], "whole image"]]
-    for row, runs in rows.items():
+    for row, every in rows.items():
+        runs = with_part(every, "tiles")
         found = [each for each in of_runs(runs, "tiles", "sizes") if each]
         if found:
             values = [shown(means([run[number]["dice"] for run in found])) for number in range(len(sizes))]
             cells.append([row, counted(found, seeds), *values, shown(means(whole_images(runs)))])
     return cells
+
+
+def with_part(runs: dict[str, Any], part: str) -> dict[str, Any]:
+    """The seeds of which a part was measured: what stands in one line is of the same trainings."""
+    return {seed: parts for seed, parts in runs.items() if part in parts}
 
 
 def whole_images(runs: dict[str, Any]) -> list[Any]:
@@ -207,11 +213,13 @@ def transfer_table(rows: dict[str, Any], other: dict[str, Any], seeds: int) -> l
         "max dist",
     ]
     cells = [[*head, "trained there"]]
-    for row, runs in rows.items():
-        if any(of_runs(runs, "transfer")):
+    for row, every in rows.items():
+        runs = with_part(every, "transfer")
+        if runs:
             own = per_class(of_runs(runs, "tables", "whole", "dice"), 0)
             found = [of_runs(runs, "transfer", key) for key in ("as_trained", "adapted", "blending")]
             dist = worst(of_runs(runs, "transfer", "mismatch"))
-            there = shown(per_class(of_runs(other.get(row, {}), "tables", "whole", "dice"), 0))
+            those = {seed: parts for seed, parts in other.get(row, {}).items() if seed in runs}
+            there = shown(per_class(of_runs(those, "tables", "whole", "dice"), 0))
             cells.append([row, counted(found[0], seeds), shown(own), *map(shown, found), dist, there])
     return cells
