@@ -22,6 +22,7 @@ from nnunet_norm.experimental_batches import ExperimentalBatches
 from nnunet_norm.settings import BLOCK, NormSettings
 from nnunet_norm.sweep.grid_file import parse_grid
 from nnunet_norm.trainers import nnunet_norm_trainers
+from nnunet_norm.volumes.ome import read_multiscale
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -162,7 +163,9 @@ def test_the_grid_is_valid() -> None:
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enforces that the Python of the pages can be copied, one example after the other; what needs a model is imported."""
     monkeypatch.chdir(tmp_path)
-    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.ones((8, 40, 33), np.float32)), "IMAGE.nii.gz")
+    image = SimpleITK.GetImageFromArray(np.ones((8, 40, 33), np.float32))
+    image.SetSpacing((1, 2, 3))
+    SimpleITK.WriteImage(image, "IMAGE.nii.gz")
     Path("PREPROCESSED_DATASET").mkdir()
     shutil.copy(STOCK_PLANS, "PREPROCESSED_DATASET/nnUNetPlans.json")
     names: dict[str, object] = {}
@@ -171,7 +174,10 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile("\n".join(lines), "example", "exec"), names)
     assert type(list(names["network"])[1]).__name__ == "BatchRenorm2d"
     assert names["halo"] == ((2, 2), (2, 2))
-    assert zarr.open_array("VOLUME.zarr", mode="r").shape == (8, 40, 33)
+    volume = zarr.open_group("VOLUME.zarr", mode="r")
+    assert volume["0"].shape == (8, 40, 33)
+    level = read_multiscale(volume.attrs.asdict()).levels[0]
+    assert level.spacing == (3.0, 2.0, 1.0)
     assert Path("PREPROCESSED_DATASET/nnUNetPlans_b8.json").is_file()
 
 
