@@ -31,7 +31,7 @@ from amos_length import Length, length_of
 from amos_report import write_results
 from amos_sweep import Sweep
 from nnunet_datasets import make_raw, prepare
-from reporting import command_or_former, machine, refusals_in_one_line, versions
+from reporting import command_or_former, machine, parser_of, refusals_in_one_line, versions
 from whole_image_statistics_data import DATASETS, cases_of
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -84,9 +84,7 @@ def grid_of(args: argparse.Namespace, length: Length) -> dict[str, Any]:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     shared = Path(__file__).parents[2] / "shared" / "data"
     axes = GRID["axes"]
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))

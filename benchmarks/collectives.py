@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from reporting import command, machine, spread, table, versions
+from reporting import command, machine, parser_of, spread, table, versions
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -178,9 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--backend", choices=["gloo", "nccl"], default="gloo")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--processes", type=int, default=2)

@@ -21,7 +21,7 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from file_to_file import measured, write_model
 from prediction import smooth_image
-from reporting import amount, command, machine, table, versions
+from reporting import amount, command, machine, parser_of, table, versions
 
 from nnunet_norm.writing import write_json, written_beside
 
@@ -124,9 +124,7 @@ def report(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--classes", type=int, nargs="+", default=[16])
     parser.add_argument("--members", type=int, default=2)

@@ -25,7 +25,7 @@ import torch
 from experimental_batches_data import DATA, Case, differences, make_raw, of_preprocessed, read_labels, schemes
 from experimental_batches_report import markdown
 from nnunet_datasets import Dataset, prepare, program
-from reporting import command, machine, versions
+from reporting import command, machine, parser_of, versions
 from trainings import Training, run_all
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -109,9 +109,7 @@ def experiment(which: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     shared = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))
     parser.add_argument("--work", type=Path, required=True)

@@ -36,7 +36,7 @@ import zarr
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from prediction import plans as benchmark_plans
 from prediction import smooth_image
-from reporting import amount, command, machine, table, versions
+from reporting import amount, command, machine, parser_of, table, versions
 
 from nnunet_norm.layers import convert_norm
 from nnunet_norm.writing import write_json, written_beside
@@ -345,9 +345,7 @@ def report(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--what", nargs="+", choices=("nifti", "zarr", "large", "killed"), default=["nifti", "zarr", "large", "killed"]
     )

@@ -20,7 +20,7 @@ import torch
 from prediction import DEFAULT_PATCH, network, plans, smooth_image
 from prediction_contenders import Contender, make_contender
 from prediction_run import compare
-from reporting import command, machine, spread, table, versions
+from reporting import command, machine, parser_of, spread, table, versions
 from torch import Tensor, nn
 
 from nnunet_norm.layers import find_norms
@@ -102,9 +102,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ndim", type=int, choices=(2, 3), default=3)
     parser.add_argument("--stages", type=int, default=6)
     parser.add_argument("--width", type=int, default=32, help="channels of the first stage")

@@ -35,7 +35,7 @@ from layers_contenders import (
 )
 from layers_measure import MEASURED_AS, Pass, half, repeats_of, seconds
 from layers_report import markdown
-from reporting import command, machine, versions
+from reporting import command, machine, parser_of, versions
 
 from nnunet_norm.writing import write_json, written_beside
 
@@ -113,9 +113,7 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--what", nargs="+", choices=["layers", "blocks"], default=["layers"])
     parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"])

@@ -38,7 +38,7 @@ from normalization_models import Trained, opened, stamp_of
 from normalization_report import write_report
 from normalization_settings import NORMALIZATION_BATCHES, ROWS, SETTINGS, SOURCES, Setting, Wanted
 from normalization_transfer import make_images, transfer
-from reporting import command_or_former, machine, refusals_in_one_line, versions
+from reporting import command_or_former, machine, parser_of, refusals_in_one_line, versions
 from trainings import Training, run_all
 
 from nnunet_norm.demo.workspace import DemoSettings, Workspace
@@ -115,9 +115,7 @@ def measured(each: Wanted, run: Training, args: argparse.Namespace) -> dict[str,
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     shared = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("settings", nargs="+", help=f"{', '.join(SETTINGS)}, or Dataset123_X:3d_fullres")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))

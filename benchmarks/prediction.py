@@ -29,7 +29,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from prediction_contenders import CONTENDERS
 from prediction_report import markdown
-from reporting import command, machine, versions
+from reporting import command, machine, parser_of, versions
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -249,9 +249,7 @@ class Benchmark:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ndim", type=int, choices=(2, 3), default=3)
     parser.add_argument("--stages", type=int, default=6)
     parser.add_argument("--width", type=int, default=32, help="channels of the first stage")

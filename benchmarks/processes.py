@@ -27,7 +27,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 from nnunet_datasets import make_raw, prepare, program
-from reporting import command, machine, spread, table, versions
+from reporting import command, machine, parser_of, spread, table, versions
 from trainings import Training
 from whole_image_statistics_data import DATASETS, cases_of
 
@@ -151,9 +151,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     shared = Path(__file__).parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("NNUNET_NORM_DATA", shared)))
     parser.add_argument("--work", type=Path, required=True)

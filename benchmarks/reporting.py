@@ -1,5 +1,6 @@
 """What the reports of the benchmarks share: machine, versions, command line, spreads and tables."""
 
+import argparse
 import json
 import os
 import platform
@@ -25,6 +26,13 @@ def refusals_in_one_line(program: str) -> Iterator[None]:
         yield
     except NnunetNormError as error:
         sys.exit(f"{program}: {error}")
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark's arguments, without abbreviations, which :func:`command` does not look for."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def versions() -> dict[str, str]:
 def command(program: str, arguments: Sequence[str], folders: Sequence[str]) -> str:
     """The command line of a benchmark, without the names of folders: those are what follows one of ``folders``.
 
-    Its parser must not know abbreviations (``allow_abbrev``), which are not looked for here.
+    Its parser must be that of :func:`parser_of`: abbreviations are not looked for here.
     """
     shown = []
     for before, word in zip(["", *arguments], arguments, strict=False):

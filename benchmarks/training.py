@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from layers_contenders import CONFIGURATION
 from layers_measure import MEASURED_AS
-from reporting import command, machine, versions
+from reporting import command, machine, parser_of, versions
 from training_processes import in_processes
 from training_report import draw, markdown
 from training_step import NORMS, Contender, Step, given, in_turn, small_plans, trainers
@@ -197,9 +197,7 @@ EXPERIMENTS: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--what", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"])

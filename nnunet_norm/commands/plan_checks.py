@@ -14,7 +14,7 @@ from nnunet_norm.planning import resolve_configuration
 from nnunet_norm.planning.batches import check_shares
 from nnunet_norm.planning.configurations import Configuration, Plans, heirs
 from nnunet_norm.planning.fitting import Training, check_fits
-from nnunet_norm.planning.images import check_changed_patches
+from nnunet_norm.planning.images import check_changed_patches, fingerprint_in
 from nnunet_norm.planning.memory import Network
 from nnunet_norm.planning.schedule import EPOCHS, Schedule
 
@@ -38,7 +38,9 @@ def check_training(args: argparse.Namespace, plans: Plans, derived: Plans, folde
         SetupError: ``--vram`` without the dataset's description, or ``-device cuda`` without a GPU.
     """
     _check_flags(args)
-    check_changed_patches(plans, derived, folder)
+    fingerprint = fingerprint_in(folder)
+    if fingerprint is not None:
+        check_changed_patches(plans, derived, fingerprint)
     description = _description(folder, dataset)
     if args.vram is not None and description is None:
         raise SetupError(

@@ -62,21 +62,26 @@ def check_patch(plans: Plans, configuration: str, fingerprint: dict[str, Any]) -
         )
 
 
-def check_changed_patches(plans: Plans, derived: Plans, folder: Path) -> None:
+def fingerprint_in(folder: Path) -> dict[str, Any] | None:
+    """nnU-Net's fingerprint of a dataset, in its preprocessed folder; None if there is none."""
+    path = folder / "dataset_fingerprint.json"
+    if not path.is_file():
+        return None
+    fingerprint: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return fingerprint
+
+
+def check_changed_patches(plans: Plans, derived: Plans, fingerprint: dict[str, Any]) -> None:
     """Refuse patches that differ from those of the plans before, in any configuration, and that no image fills.
 
     Args:
         plans: before.
         derived: after.
-        folder: of the preprocessed dataset; without nnU-Net's fingerprint in it nothing is refused.
+        fingerprint: see :func:`largest_image`.
 
     Raises:
         PlansError: see :func:`check_patch`.
     """
-    path = folder / "dataset_fingerprint.json"
-    if not path.is_file():
-        return
-    fingerprint = json.loads(path.read_text(encoding="utf-8"))
     for name in derived["configurations"]:
         before, after = (resolve_configuration(each, name)["patch_size"] for each in (plans, derived))
         if list(before) != list(after):

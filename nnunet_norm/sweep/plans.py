@@ -11,7 +11,7 @@ from nnunet_norm.architectures import refuse_patch
 from nnunet_norm.errors import GridError, PlansError, SetupError
 from nnunet_norm.planning import load_plans, resolve_configuration, save_plans
 from nnunet_norm.planning.batches import check_shares
-from nnunet_norm.planning.images import check_changed_patches
+from nnunet_norm.planning.images import check_changed_patches, fingerprint_in
 from nnunet_norm.reading import read_object
 from nnunet_norm.settings import BLOCK
 from nnunet_norm.sweep.grid import Grid
@@ -73,13 +73,20 @@ def _check_stock(grid: Grid, point: Point, resolved: dict[str, Any]) -> None:
 
 def padded_points(grid: Grid) -> list[str]:
     """One line for every patch of the grid that is larger than all images; trained, it sees padding."""
+    fingerprint = fingerprint_in(grid.preprocessed)
+    if fingerprint is None:
+        return []
     base = load_plans(grid.preprocessed, grid.plans)
+    reasons: dict[str, str] = {}
+    for name, plans in {point.plans_name: point.plans for point in grid.points}.items():
+        try:
+            check_changed_patches(base, dict(plans), fingerprint)
+        except PlansError as error:
+            reasons[name] = str(error)
     found: dict[str, list[str]] = {}
     for point in grid.points:
-        try:
-            check_changed_patches(base, dict(point.plans), grid.preprocessed)
-        except PlansError as error:
-            found.setdefault(str(error), []).append(point.label)
+        if point.plans_name in reasons:
+            found.setdefault(reasons[point.plans_name], []).append(point.label)
     return [
         f"{len(labels)} of {len(grid.points)} points, the first is {labels[0]}: {why}, or exclude them"
         for why, labels in found.items()

@@ -84,9 +84,8 @@ class NormalizedCases(nnUNetBaseDataset):
     def find_quantiles(self) -> None:
         """Find the quantiles of all cases before loaders' processes start; of several processes each does a share."""
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.known = gathered(self._known())[
-            0
-        ]  # the file may grow while processes read it, and they share what it lacks
+        # The file may grow while processes read it, and they share out what it lacks: the first one's reading holds.
+        self.known = gathered(self._known())[0]
         missing = [case for case in self.identifiers if case not in self.known]
         mine = {case: self._of(case) for case in self._shown(missing[rank::processes])}
         for found in gathered(mine):
